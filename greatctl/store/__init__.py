@@ -1,0 +1,1 @@
+"""Keeping and getting: atomic files, locks, sealed artifacts, activation shards, Parquet tables, polite HTTP."""
