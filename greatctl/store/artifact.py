@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..errors import InputError, IntegrityError
+from ..settings import Origins
 from .files import canonical_json, fsync_dir, make_dir, sha256_bytes, sha256_file, sweep, write_json, write_text
 from .lock import hold
 
@@ -202,7 +203,7 @@ def difference(old: Mapping, new: Mapping) -> str:
 class Work:
     """A folder being made. Write into `path`, then `seal`."""
 
-    def __init__(self, final: Path, identity: Identity, origins: Mapping[str, object], resumed: bool) -> None:
+    def __init__(self, final: Path, identity: Identity, origins: Mapping[str, str], resumed: bool) -> None:
         self.final = final
         self.path = _partial(final)
         self.identity = identity
@@ -240,6 +241,7 @@ class Work:
             **self.identity.record(),
             "fingerprint": self.identity.fingerprint,
             "origins": dict(self.origins),
+            "given": self.origins.given if isinstance(self.origins, Origins) else {},
             "outputs": outputs,
             "seed": self.identity.config.get("seed"),
             "versions": versions(),
@@ -251,7 +253,7 @@ class Work:
 
 @contextmanager
 def work(
-    final: Path, identity: Identity, *, origins: Mapping[str, object] | None = None, fresh: bool = False
+    final: Path, identity: Identity, *, origins: Mapping[str, str] | None = None, fresh: bool = False
 ) -> Iterator[Work]:
     """Lock `final` and open its work folder: resumed where a killed run of the same identity left it, else empty.
 
