@@ -1,0 +1,31 @@
+"""What greatctl itself gives, through the same hooks as any plugin; strings, so listing imports nothing."""
+
+from __future__ import annotations
+
+from .hookspecs import Register, hookimpl
+
+__all__ = ["register_architectures", "register_metrics", "register_sources"]
+
+
+@hookimpl
+def register_sources(register: Register) -> None:
+    """Where the manifest's texts come from."""
+    register("gutenberg", "greatctl.corpus.gutenberg:Gutenberg")
+    register("manual", "greatctl.corpus.manual:Manual")
+
+
+@hookimpl
+def register_architectures(register: Register) -> None:
+    """Sparse autoencoders, one file each."""
+    register("relu", "greatctl.sae.relu:Relu")
+    register("topk", "greatctl.sae.topk:TopK")
+    register("batchtopk", "greatctl.sae.batchtopk:BatchTopK")
+
+
+@hookimpl
+def register_metrics(register: Register) -> None:
+    """What patching measures at the answer position."""
+    register("logit-diff", "greatctl.patching.metrics:LogitDiff")
+    register("prob", "greatctl.patching.metrics:Prob")
+    register("prob-diff", "greatctl.patching.metrics:ProbDiff")
+    register("kl", "greatctl.patching.metrics:KL")
