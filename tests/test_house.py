@@ -17,7 +17,7 @@ GROUND, SETTINGS, STORE, EXTEND, DOMAIN, STAGES, CLI = range(7)
 FLOORS = {
     "errors": GROUND,
     "events": GROUND,
-    "addresses": GROUND,
+    "urls": GROUND,
     "toml_positions": GROUND,
     "toml_file": GROUND,
     "entries": GROUND,

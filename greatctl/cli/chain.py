@@ -1,0 +1,79 @@
+"""Several stages in a row: `run` (from the manifest) and `demo` (the bundled project)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import UsageError, did_you_mean
+from ..events import Run
+from ..stages.context import STAGES, Result
+from .options import Common, Root
+from .output import stderr
+from .session import open_plugins, open_project, prepare, running
+from .text import literal
+
+__all__ = ["run_chain", "run_demo"]
+
+
+def run_chain(
+    root: Root, start: str, end: str, flags: Mapping[str, Mapping[str, object]], common: Common
+) -> list[Result]:
+    """Run the stages from `start` to `end`; a failure ends the chain, missing sources (11) do not."""
+    for name in (start, end):
+        if name not in STAGES:
+            raise UsageError(f"'{name}' is not a stage", fix=did_you_mean(name, STAGES))
+    first, last = STAGES.index(start), STAGES.index(end)
+    if first > last:
+        raise UsageError(f"{start} comes after {end}", fix=f"greatctl run --from {end} --to {start}")
+    if root.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    project = open_project(root, quiet=common.quiet)
+    plugins = open_plugins(root, project, quiet=common.quiet)
+    results = []
+    with running("run", plugins, quiet=common.quiet) as run:
+        for stage in STAGES[first : last + 1]:
+            run.stop_here()
+            voice = Run(stage, run.emit, run.stop)
+            module, context, config = prepare(root, stage, flags.get(stage, {}), common, project, plugins, voice)
+            results.append(module.run(context, config))
+    return results
+
+
+def run_demo(root: Root, folder: Path, common: Common) -> dict[str, object]:
+    """Make the demonstration project in `folder`, import its texts, run the chain, and say what came out."""
+    from ..stages.demo import findings, make_project
+
+    began = time.perf_counter()
+    imports = make_project(folder.absolute())
+    inside = Root(folder, root.data_dir, root.results_dir, root.plugins, root.no_plugins, True, root.debug)
+    if not common.quiet:
+        stderr().print(literal(f"the demonstration project is {folder}; everything runs offline", "dim"))
+    _import_texts(inside, imports, common)
+    results = run_chain(inside, "fetch", "report", {}, common)
+    summaries = {r.stage: r.summary for r in results}
+    features = next(r.artifact for r in results if r.stage == "interpret")
+    report = results[-1].artifact
+    assert features is not None and report is not None  # both stages always seal a folder
+    return {
+        "project": str(folder.absolute()),
+        "report": str(summaries["report"]["path"]),
+        "findings": findings(summaries, features),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _import_texts(root: Root, imports: list[tuple[str, Path]], common: Common) -> None:
+    """Bring each bundled text in as a person would: `fetch --import FILE --source ID`."""
+    project = open_project(root, quiet=True)
+    plugins = open_plugins(root, project, quiet=common.quiet)
+    with running("fetch", plugins, quiet=common.quiet) as run:
+        for done, (source, path) in enumerate(imports):
+            run.progress("importing the sketches", done, len(imports), "texts")
+            run.stop_here()
+            silent = Run("fetch", stop=run.stop)
+            flags = {"import_file": path, "source": [source]}
+            module, context, config = prepare(root, "fetch", flags, common, project, plugins, silent)
+            module.run(context, config)

@@ -1,0 +1,39 @@
+"""`greatctl fetch`: get the primary texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from ..options import stage_command
+
+EXAMPLES = (
+    "greatctl fetch --estimate",
+    "greatctl fetch --character darwin --control wood-common-objects",
+    "greatctl fetch --import letters-1990.txt --source buffett-letters-1977-1999",
+    "greatctl fetch --json",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @stage_command(app, "fetch", EXAMPLES)
+    def fetch(
+        character: Annotated[list[str] | None, Option(metavar="ID", help="Only this character (repeatable).")] = None,
+        control: Annotated[list[str] | None, Option(metavar="ID", help="Only this control (repeatable).")] = None,
+        source: Annotated[list[str] | None, Option(metavar="ID", help="Only this source (repeatable).")] = None,
+        mirror: Annotated[str | None, Option(metavar="URL", help="Take the bytes from here; paths stay.")] = None,
+        import_file: Annotated[
+            Path | None, Option("--import", metavar="FILE", help="Bring a manual source's text (with one --source).")
+        ] = None,
+        estimate: Annotated[bool, Option("--estimate", help="Only say how much there is.")] = False,
+        update: Annotated[bool, Option("--update", help="Accept texts that changed upstream.")] = False,
+    ) -> None:
+        """Fetch the primary texts of the manifest: polite, resumable, checked.
+
+        Goes on past a failure; ends with 0 when all is on disk, 11 when something is missing (manual sources too).
+        """

@@ -1,0 +1,31 @@
+"""`greatctl interpret`: what the latents respond to, and whether that separates characters from controls."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from ..options import stage_command
+
+EXAMPLES = (
+    "greatctl interpret",
+    'greatctl interpret --text "He kept his head when all about him were losing theirs." --top-k 5',
+    "greatctl interpret --latent 118",
+    "greatctl interpret --sae topk-2048-k32-blocks.3.hook_resid_post --json",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @stage_command(app, "interpret", EXAMPLES)
+    def interpret(
+        text: Annotated[str | None, Option(metavar="SNIPPET", help="Show the top latents of each token of a snippet.")] = None,
+        top_k: Annotated[int | None, Option(help="Latents a token with --text (default 10).")] = None,
+        sae: Annotated[str | None, Option(metavar="NAME_OR_DIR", help="Default: the newest.")] = None,
+        latent: Annotated[int | None, Option(metavar="N", help="Print one latent as a page.")] = None,
+        concept: Annotated[str | None, Option(metavar="NAME", help="Default greatness.")] = None,
+    ) -> None:
+        """Read latents: a snippet token by token, one latent as a page, or all of them against the controls."""

@@ -1,0 +1,25 @@
+"""`greatctl report`: everything on one page that opens without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from ..options import stage_command
+
+EXAMPLES = ("greatctl report", "greatctl report --open", "greatctl report --output greatness.html")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @stage_command(app, "report", EXAMPLES)
+    def report(
+        open_browser: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
+        output: Annotated[Path | None, Option("--output", metavar="FILE", help="Also write a copy here.")] = None,
+        format: Annotated[str | None, Option("--format", help="html (default) or json.")] = None,
+    ) -> None:
+        """Write one self-contained HTML file: corpus, training, features, contrasts, patch maps, provenance."""

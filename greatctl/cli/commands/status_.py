@@ -1,0 +1,29 @@
+"""`greatctl status`: what is done, what is stale, and why."""
+
+from __future__ import annotations
+
+import typer
+
+from ..options import JsonFlag, Root, epilog
+
+EXAMPLES = ("greatctl status", "greatctl -C greatctl-demo status --json")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @app.command("status", epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
+    def status(ctx: typer.Context, as_json: JsonFlag = False) -> None:
+        """Show each artifact with its state: up to date, stale (and the first reason), damaged or missing."""
+        from ...stages.status import survey
+        from ..output import document, print_document, print_result
+        from ..session import open_project
+        from ..views.status import render_status
+
+        root: Root = ctx.obj or Root()
+        project = open_project(root, quiet=as_json)
+        rows = survey(project)
+        if as_json:
+            print_document(document("status", None, {"artifacts": rows}))
+        else:
+            print_result(render_status(rows))

@@ -1,0 +1,41 @@
+"""`greatctl train`: fit a sparse autoencoder to harvested activations."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from ..options import stage_command
+
+EXAMPLES = (
+    "greatctl train",
+    "greatctl train --arch topk --k 32 --expansion 16",
+    "greatctl train --arch relu --l1-coefficient 3 --name seed-recipe",
+    "greatctl train --name seed-recipe --arch relu --l1-coefficient 3 --export pth",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @stage_command(app, "train", EXAMPLES)
+    def train(
+        arch: Annotated[str | None, Option(metavar="NAME", help="batchtopk (default), topk, relu, or a plugin's.")] = None,
+        expansion: Annotated[int | None, Option(help="d_sae as a multiple of d_model (default 8).")] = None,
+        d_sae: Annotated[int | None, Option(help="Number of latents, instead of --expansion.")] = None,
+        k: Annotated[int | None, Option(help="Active latents a token (topk, batchtopk).")] = None,
+        l1_coefficient: Annotated[float | None, Option(help="Weight of the L1 penalty (relu).")] = None,
+        steps: Annotated[int | None, Option(help="Length of the run in steps.")] = None,
+        tokens: Annotated[int | None, Option(help="Length of the run in tokens.")] = None,
+        epochs: Annotated[float | None, Option(help="Length of the run in passes over the data (default 4).")] = None,
+        lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
+        batch_size: Annotated[int | None, Option(help="Tokens a step.")] = None,
+        hook_point: Annotated[str | None, Option(metavar="NAME", help="Which activations (default: the newest).")] = None,
+        checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
+        resume: Annotated[bool, Option("--resume", help="Go on with a stopped run (the default).")] = False,
+        name: Annotated[str | None, Option(help="Folder under results/saes (default ARCH-DSAE-kK-HOOK).")] = None,
+        export: Annotated[str | None, Option(metavar="FORMAT", help="saelens or pth; on a finished SAE only exports.")] = None,
+    ) -> None:
+        """Train a sparse autoencoder; resumes to the bit, and is saved as a SAELens folder."""

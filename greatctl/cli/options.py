@@ -1,0 +1,95 @@
+"""Options that many commands share, declared once.
+
+A stage's command file declares only its own options; `stage_command` adds the common ones and hands everything the
+person actually gave to `session.run_stage`. What was not given stays None, so that settings.py can look further
+(environment, sources.toml, default) and say where each value came from.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["COMMON", "Common", "JsonFlag", "QuietFlag", "Root", "epilog", "stage_command"]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices on stderr.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would be done, and each setting's origin.")]
+_Force = Annotated[bool, typer.Option("--force", "-f", help="Do it again from nothing, even if up to date.")]
+_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice of this stage.")]
+_Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")]
+
+COMMON: dict[str, tuple[Any, Any]] = {
+    "as_json": (JsonFlag, False),
+    "quiet": (QuietFlag, False),
+    "dry_run": (_DryRun, False),
+    "force": (_Force, False),
+    "seed": (_Seed, None),
+    "device": (_Device, None),
+}
+
+
+@dataclass(frozen=True)
+class Root:
+    """The root options, as given."""
+
+    project: Path | None = None
+    data_dir: Path | None = None
+    results_dir: Path | None = None
+    plugins: tuple[str, ...] = ()
+    no_plugins: bool = False
+    offline: bool = False
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Common:
+    """The common options of a stage command, as given."""
+
+    as_json: bool = False
+    quiet: bool = False
+    dry_run: bool = False
+    force: bool = False
+    seed: int | None = None
+    device: str | None = None
+
+
+def epilog(examples: Sequence[str]) -> str:
+    """Examples as the last block of a help page."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in examples)])
+
+
+def stage_command(app: typer.Typer, stage: str, examples: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Register a function that declares a stage's own options as the command of that stage."""
+
+    def decorate(declaration: Callable) -> Callable:
+        own = list(inspect.signature(declaration, eval_str=True).parameters.values())
+
+        def command(ctx: typer.Context, **values: Any) -> None:
+            from .session import run_stage
+
+            common = Common(**{name: values.pop(name) for name in COMMON})
+            flags = {k: v for k, v in values.items() if v is not None and v != [] and v is not False}
+            run_stage(ctx.obj or Root(), stage, flags, common)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+            *(p.replace(kind=keyword) for p in own),
+            *(
+                inspect.Parameter(name, keyword, default=default, annotation=annotation)
+                for name, (annotation, default) in COMMON.items()
+            ),
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        command.__doc__ = declaration.__doc__
+        app.command(stage, epilog=epilog(examples), rich_help_panel="The seven stages, in order")(command)
+        return declaration
+
+    return decorate

@@ -1,0 +1,34 @@
+"""Foreign text made safe for a terminal.
+
+Corpus text, model output and labels may hold escape sequences, markup or bidirectional controls. They are printed as
+what they are: control characters as `\\xNN`, and never interpreted as Rich markup.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+from rich.text import Text
+
+__all__ = ["literal", "visible"]
+
+_BIDI = {"\u200e", "\u200f", "\u061c", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+
+
+def visible(text: str) -> str:
+    """`text` with control and bidirectional characters written out, newlines as a return sign."""
+    out = []
+    for char in text:
+        if char == "\n":
+            out.append("\u21b5")
+        elif char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Co"):
+            code = ord(char)
+            out.append(f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+def literal(text: object, style: str = "") -> Text:
+    """A Rich text that shows `text` as it is, never as markup."""
+    return Text(visible(str(text)), style=style)

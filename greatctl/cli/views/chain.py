@@ -1,0 +1,38 @@
+"""What `run` and `demo` end with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from ..text import literal
+from .table import table
+
+__all__ = ["render_chain", "render_demo"]
+
+
+def render_chain(results: Sequence[Any]) -> RenderableType:
+    """One row a stage: what it said in one line, and where its artifact is."""
+    rows = [(r.stage, "up-to-date" if r.up_to_date else "done", str(r.artifact or "")) for r in results]
+    return table(["stage", "state", "artifact"], rows)
+
+
+def render_demo(summary: Mapping[str, Any]) -> RenderableType:
+    """The findings in plain words, the report's path, and what to try next."""
+    items = [
+        Padding(Text.assemble((f"{n}. ", "bold"), literal(words)), (0, 0, 1, 2))
+        for n, words in enumerate(summary["findings"], 1)
+    ]
+    project = summary["project"]
+    return Group(
+        literal("What this small run found", "bold"),
+        *items,
+        Text.assemble(("report  ", "dim"), literal(summary["report"], "bold cyan")),
+        Text.assemble(("try     ", "dim"), literal(f'greatctl -C {project} interpret --text "He kept his head."')),
+        Text.assemble(("        ", "dim"), literal(f"greatctl -C {project} status")),
+        literal(f"{summary['seconds']:.0f} s", "dim"),
+    )

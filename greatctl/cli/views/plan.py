@@ -1,0 +1,24 @@
+"""`--dry-run`: what would be made, and where each setting comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from ..text import literal
+from .table import facts, table
+
+__all__ = ["render_plan"]
+
+
+def render_plan(plan: Any, origins: Mapping[str, Any]) -> RenderableType:
+    """The plan's facts and one row a setting: value and origin."""
+    rows = [(name, str(row["value"]), row["origin"]) for name, row in origins.items()]
+    lines = [(name, value) for name, value in plan.facts.items() if not isinstance(value, list | dict)]
+    if plan.final is not None:
+        lines.append(("would make", str(plan.final)))
+    return Group(
+        literal(f"{plan.stage}: a dry run; nothing was done", "bold"), facts(lines), table(["setting", "value", "from"], rows)
+    )

@@ -1,0 +1,1 @@
+"""From sealed tables to one HTML file that opens without a network."""

@@ -1,0 +1,92 @@
+"""Plotly figures as plain data. Colours come from the page, so that light and dark both work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .view import Chart
+
+__all__ = ["bars", "heat_map", "lines"]
+
+_LINES = ("#c2571a", "#2f6db5", "#4a8c4a", "#8a5bb0", "#b0893a", "#4d8f99")
+# From cold through paper to warm; the middle is transparent, so that an empty cell is the page itself.
+_DIVERGING = [[0.0, "#2f6db5"], [0.5, "rgba(128,128,128,0.06)"], [1.0, "#c2571a"]]
+
+
+def _plain(text: object) -> str:
+    """Text that plotly shows as it is: it reads tags in labels, and corpus tokens may look like tags."""
+    return str(text).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _layout(**more: object) -> dict[str, object]:
+    base = {
+        "margin": {"l": 56, "r": 16, "t": 12, "b": 44},
+        "height": 320,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "inherit", "size": 12},
+        "legend": {"orientation": "h", "y": 1.12},
+    }
+    return {**base, **more}
+
+
+def lines(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]], *, x_title: str, words: str) -> Chart:
+    """Curves over a shared x; a name that ends in "*" goes on the right-hand axis."""
+    data = []
+    for number, (name, y) in enumerate(series.items()):
+        trace = {
+            "type": "scatter",
+            "mode": "lines",
+            "name": _plain(name.rstrip("*")),
+            "x": list(x),
+            "y": list(y),
+            "line": {"color": _LINES[number % len(_LINES)], "width": 2},
+        }
+        data.append({**trace, "yaxis": "y2"} if name.endswith("*") else trace)
+    axes = {"xaxis": {"title": {"text": _plain(x_title)}}, "yaxis": {"rangemode": "tozero"}}
+    right = {"yaxis2": {"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False}}
+    return Chart(title, data, _layout(**axes, **(right if any(n.endswith("*") for n in series) else {})), words)
+
+
+def bars(title: str, x: Sequence[str | float], y: Sequence[float], *, x_title: str, y_title: str, words: str) -> Chart:
+    """One bar a value."""
+    data = [{"type": "bar", "x": [_plain(v) if isinstance(v, str) else v for v in x], "y": list(y), "marker": {"color": _LINES[0]}}]
+    return Chart(
+        title,
+        data,
+        _layout(xaxis={"title": {"text": _plain(x_title)}}, yaxis={"title": {"text": _plain(y_title)}}),
+        words,
+    )
+
+
+def heat_map(
+    title: str,
+    columns: Sequence[str],
+    layers: Sequence[int],
+    values: Sequence[Sequence[float | None]],
+    hover: Sequence[Sequence[str]],
+    *,
+    words: str,
+) -> Chart:
+    """Normalised effects over layers (rows) and positions (columns); the scale is fixed at -1 to 1."""
+    trace = {
+        "type": "heatmap",
+        "x": list(range(len(columns))),
+        "y": list(layers),
+        "z": [list(row) for row in values],
+        "text": [list(row) for row in hover],
+        "hovertemplate": "%{text}<extra></extra>",
+        "zmin": -1,
+        "zmax": 1,
+        "colorscale": _DIVERGING,
+        "colorbar": {"title": {"text": "effect"}, "thickness": 10},
+        "xgap": 1,
+        "ygap": 1,
+    }
+    axes = {
+        "xaxis": {"tickmode": "array", "tickvals": list(range(len(columns))), "ticktext": [_plain(c) for c in columns], "tickangle": -40},
+        "yaxis": {"title": {"text": "layer"}, "dtick": 1, "autorange": True},
+        "height": 140 + 26 * len(layers),
+        "margin": {"l": 56, "r": 16, "t": 12, "b": 80},
+    }
+    return Chart(title, [trace], _layout(**axes), words)

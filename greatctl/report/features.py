@@ -1,0 +1,106 @@
+"""The sections on latents: hypotheses with their verdicts, and a card for each of the strongest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..store.artifact import Artifact
+from ..store.tables import read_rows
+from .view import Block, Example, Latent, Prose, Table
+
+__all__ = ["cards", "finding", "hypotheses"]
+
+_UNITS = 40
+
+
+def finding(interpreted: Artifact) -> str:
+    """The contrast in one sentence with numbers."""
+    summary = interpreted.summary
+    rows = summary.get("hypotheses") or []
+    if not rows:
+        return "No latent could be tested: too few characters or controls were read."
+    supported = [row for row in rows if row["verdict"] == "supported"]
+    best = rows[0]
+    q = best.get("q_value")
+    weight = f"q = {q:.2g}" if q is not None else "no q-value"
+    tail = f"latent {best['latent']} is the strongest (effect {best['effect']:+.2f}, {weight}; {best['verdict']})"
+    if supported:
+        return f"{len(supported)} of the latents shown pass the written rules for '{best['concept']}'; {tail}."
+    return f"No latent passes the written rules for '{best['concept']}'; {tail}."
+
+
+def hypotheses(interpreted: Artifact, rules: str) -> list[Block]:
+    """The candidates with what decided each, the power, the missing baselines, and the rules."""
+    rows = read_rows(interpreted.path / "hypotheses.parquet")
+    summary = interpreted.summary
+    headers = ["concept", "latent", "effect", "AUROC", "p", "q", "verdict", "why"]
+    keys = ("concept", "latent", "effect", "auroc", "p_value", "q_value", "verdict", "reason")
+    blocks: list[Block] = []
+    if summary.get("power"):
+        blocks.append(Prose(str(summary["power"])))
+    if summary.get("unit") == "subject":
+        blocks.append(Prose("The unit is the subject of a text, not an author, since these texts have one author."))
+    blocks.append(Table(headers, [[row[k] for k in keys] for row in rows], numeric=[1, 2, 3, 4, 5]))
+    missing = rows[0]["missing"] if rows else []
+    if missing:
+        blocks.append(Prose("Baselines not computed for this run: " + ", ".join(missing) + ".", quiet=True))
+    blocks += [Prose(" ".join(part.split()), quiet=True) for part in rules.split("\n\n") if part.strip()]
+    return blocks
+
+
+def cards(interpreted: Artifact, count: int) -> list[Block]:
+    """A card for each of the `count` first candidates, in the order of the hypotheses."""
+    judged = read_rows(interpreted.path / "hypotheses.parquet")[:count]
+    wanted = [row["latent"] for row in judged]
+    latents = {row["latent"]: row for row in read_rows(interpreted.path / "latents.parquet") if row["latent"] in set(wanted)}
+    examples = _by_latent(interpreted, "examples", wanted)
+    units = _by_latent(interpreted, "units", wanted)
+    total = interpreted.summary.get("n_alive")
+    note = f"{len(judged)} of {total:,} latents that fire are shown, the candidates first; all are in latents.parquet." if total else ""
+    made: list[Block] = [Prose(note, quiet=True)] if note else []
+    for row in judged:
+        latent = row["latent"]
+        made.append(_card(row, latents[latent], examples.get(latent, []), units.get(latent, [])))
+    return made
+
+
+def _by_latent(interpreted: Artifact, name: str, wanted: list[int]) -> dict[int, list[dict]]:
+    found: dict[int, list[dict]] = {}
+    keep = set(wanted)
+    for row in read_rows(interpreted.path / f"{name}.parquet"):
+        if row["latent"] in keep:
+            found.setdefault(row["latent"], []).append(row)
+    return found
+
+
+def _card(judged: Mapping[str, Any], facts: Mapping[str, Any], examples: list[dict], units: list[dict]) -> Latent:
+    shown = [
+        ("effect", judged["effect"]),
+        ("AUROC", judged["auroc"]),
+        ("q", judged["q_value"]),
+        ("density", facts["density"]),
+        ("mean when firing", facts["mean_when_firing"]),
+        ("max", facts["max"]),
+        ("intraclass correlation", judged["icc"]),
+    ]
+    strongest = sorted(units, key=lambda row: -row["mean"])[:_UNITS]
+    return Latent(
+        latent=judged["latent"],
+        verdict=judged["verdict"],
+        reason=judged["reason"],
+        facts=shown,
+        up=list(facts["top_logit_tokens"])[:8],
+        down=list(facts["bottom_logit_tokens"])[:8],
+        examples=[_example(row) for row in examples[:5]],
+        units=[(row["unit"], row["role"], float(row["mean"])) for row in strongest],
+    )
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    top = max(row["heat"], default=0.0) or 1.0
+    strengths = [max(0.0, float(h) / top) for h in row["heat"]]
+    pieces = list(row["pieces"])
+    strengths = (strengths + [0.0] * len(pieces))[: len(pieces)]
+    year = f", {row['year']}" if row["year"] else ""
+    return Example(pieces, strengths, float(row["activation"]), f"{row['work']} ({row['author']}{year})")

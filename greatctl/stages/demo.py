@@ -1,0 +1,154 @@
+"""The demonstration project: thirty bundled sketches, the bundled model, and what came out, in plain words.
+
+`make_project` writes an ordinary project (sources.toml and the texts to import), so that every other command can be used
+in it afterwards. `findings` reads the stages' summaries and says the most interesting things that they can bear.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..reference import SampleText, texts
+from ..store.files import make_dir, write_bytes, write_text
+from ..store.tables import read_rows
+
+__all__ = ["findings", "make_project", "source_id"]
+
+_HEADER = """\
+# The demonstration project of greatctl: thirty short sketches written for it, fifteen of the characters and fifteen of
+# ordinary people, labelled by era, genre and topic. They have one author, so the unit of every contrast is the subject.
+# Everything here is an ordinary manifest: change a value, run `greatctl status`, and see what became stale.
+
+[model]
+name = "bundled"
+
+[interpret]
+unit = "subject"
+
+[train]
+arch = "batchtopk"
+expansion = 8
+k = 32
+epochs = 10
+batch_size = 1024
+
+[patch]
+pairs = "greatness"
+"""
+
+_ENTRY = """
+[[{table}]]
+id = {id}
+kind = "manual"
+{character}title = {title}
+author = "The greatctl authors"
+first_published = "2026"
+rights = "MIT"
+where = "comes with greatctl; `greatctl demo` imports it"
+era = {era}
+genre = {genre}
+topic = {topic}
+translated = false
+split = {split}
+"""
+
+
+def source_id(text: SampleText) -> str:
+    """The manifest id of a bundled text: `sketch-churchill`; a control's is its own (`bank-teller`)."""
+    return f"sketch-{text.id}" if text.role == "character" else text.id
+
+
+def make_project(folder: Path) -> list[tuple[str, Path]]:
+    """Write sources.toml (unless it is there) and `texts/` into `folder`; returns (source id, file) to import."""
+    make_dir(folder / "texts")
+    manifest = folder / "sources.toml"
+    if not manifest.exists():
+        write_text(manifest, _manifest())
+    imports = []
+    for text in texts():
+        target = folder / "texts" / text.path.name
+        data = text.path.read_bytes()
+        if not target.exists() or target.read_bytes() != data:
+            write_bytes(target, data)
+        imports.append((source_id(text), target))
+    return imports
+
+
+def _manifest() -> str:
+    parts = [_HEADER]
+    samples = sorted(texts(), key=lambda t: (t.role != "character", t.id))
+    for text in samples:
+        if text.role == "character":
+            parts.append(f'\n[[character]]\nid = "{text.id}"\nname = {json.dumps(text.subject)}\n')
+    for text in samples:
+        character = f'character = "{text.id}"\n' if text.role == "character" else ""
+        values = {name: json.dumps(getattr(text, name)) for name in ("era", "genre", "topic", "split")}
+        table = "source" if text.role == "character" else "control"
+        title = json.dumps(f"{text.subject}: a sketch")
+        parts.append(
+            _ENTRY.format(table=table, id=json.dumps(source_id(text)), character=character, title=title, **values)
+        )
+    return "".join(parts)
+
+
+def findings(summaries: Mapping[str, Mapping], features: Path) -> list[str]:
+    """Three sentences, honestly hedged: the autoencoder, the strongest contrast, the patching peak.
+
+    Args:
+        summaries: stage -> its summary.
+        features: the sealed features artifact.
+    """
+    return [
+        _sae_sentence(summaries["train"]),
+        _contrast_sentence(summaries["interpret"], features),
+        _patch_sentence(summaries["patch"]),
+    ]
+
+
+def _sae_sentence(train: Mapping) -> str:
+    recovered = train.get("ce_loss_recovered")
+    spliced = f" and, put in its place, keeps {recovered:.0%} of the model's predictions" if recovered else ""
+    return (
+        f"With {train['l0']:.0f} of {train['d_sae']:,} latents active a token, the autoencoder explains "
+        f"{train['explained_variance']:.0%} of the variance of texts that it has not seen{spliced}; "
+        f"{train['dead_fraction']:.0%} of its latents never fire there. Thirty short texts are very little: a real run "
+        "reads a hundred times more."
+    )
+
+
+def _contrast_sentence(interpret: Mapping, features: Path) -> str:
+    hypotheses = interpret.get("hypotheses") or []
+    if not hypotheses:
+        return "No latent could be tested: there are too few subjects on either side."
+    best = max(hypotheses, key=lambda row: (row["verdict"] == "supported", abs(row["effect"])))
+    words = _tokens_of(features, best["latent"])
+    q = f"q = {best['q_value']:.2g}" if best["q_value"] is not None else "q not available"
+    supported = sum(row["verdict"] == "supported" for row in hypotheses)
+    judged = (
+        f"{supported} of {len(hypotheses)} candidates pass the written rules"
+        if supported
+        else f"none of the {len(hypotheses)} candidates passes the written rules"
+    )
+    return (
+        f"The latent that sets the characters' sketches most apart from the ordinary people's is {best['latent']} "
+        f"(it fires on {words}; effect {best['effect']:+.2f}, {q}), and its verdict is '{best['verdict']}': {judged}. "
+        "The unit is the subject of a text, since all thirty have one author."
+    )
+
+
+def _tokens_of(features: Path, latent: int) -> str:
+    rows = [r for r in read_rows(features / "examples.parquet") if r["latent"] == latent][:3]
+    words = dict.fromkeys(f"'{str(r['token']).strip()}'" for r in rows)
+    return ", ".join(words) or "nothing that could be shown"
+
+
+def _patch_sentence(patch: Mapping) -> str:
+    peak = patch["peak"]
+    return (
+        f"Restoring the residual stream at layer {peak['layer']}, position {peak['position']} brings back "
+        f"{peak['effect']:.0%} of the {patch['metric']} between target and baseline prompts "
+        f"({patch['n_pairs']} pairs, {patch['n_refused']} refused). That locates where the difference is carried in this "
+        "small model; it does not say that the place is about greatness."
+    )
