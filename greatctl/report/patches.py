@@ -55,7 +55,7 @@ def _map(name: str, metric: str, direction: str, rows: list[dict], columns: list
     top = max(rows, key=lambda row: abs(row["mean_effect"]) if row["mean_effect"] is not None else -1.0)
     words = (
         f"Strongest cell: layer {top['layer']}, position {top['position_from_end']}, mean effect "
-        f"{top['mean_effect']:+.3g} (95 % {top['low']:+.3g} to {top['high']:+.3g}), {top['n_pairs']} pairs."
+        f"{top['mean_effect']:+.3g}{_interval(top)}, pairs: {top['n_pairs']}."
     )
     return heat_map(f"{name}: {metric}, {direction}", columns, layers, values, hover, words=words)
 
@@ -71,9 +71,16 @@ def _carried(row: Mapping[str, Any]) -> float | None:
 def _hover(row: Mapping[str, Any]) -> str:
     p = "not available" if row["p_max_t"] is None else f"{row['p_max_t']:.2g}"
     return (
-        f"layer {row['layer']}, position {row['position_from_end']}<br>mean effect {row['mean_effect']:+.3g} "
-        f"[{row['low']:+.3g}, {row['high']:+.3g}]<br>family-wise p {p}<br>{row['n_pairs']} pairs"
+        f"layer {row['layer']}, position {row['position_from_end']}<br>mean effect {row['mean_effect']:+.3g}"
+        f"{_interval(row)}<br>family-wise p {p}<br>pairs: {row['n_pairs']}"
     )
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    """The bootstrap interval, where there is more than one pair to draw from."""
+    if row["low"] is None or row["high"] is None:
+        return ""
+    return f" (95 % {row['low']:+.3g} to {row['high']:+.3g})"
 
 
 def _labels(pairs: list[dict], rows: list[dict]) -> list[str]:

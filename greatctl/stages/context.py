@@ -81,14 +81,14 @@ class Context:
     """Everything a stage may use besides its own config.
 
     Attributes:
-        origins: setting -> {"value", "origin"} ("flag --k", "env GREATCTL_SEED", "sources.toml [train]", "default").
+        origins: where each setting came from ("flag --k", "env GREATCTL_SEED", "sources.toml [train]", "default").
         device: `cpu`, `cuda`, `cuda:1`, `mps` or `auto`.
     """
 
     project: Project
     plugins: Plugins
     run: Run
-    origins: Mapping[str, object] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
     offline: bool = False
     device: str = "auto"

@@ -31,8 +31,9 @@ unit = "subject"
 arch = "batchtopk"
 expansion = 8
 k = 32
-epochs = 10
+epochs = 8
 batch_size = 1024
+ce_windows = 24
 
 [patch]
 pairs = "greatness"
@@ -146,9 +147,10 @@ def _tokens_of(features: Path, latent: int) -> str:
 
 def _patch_sentence(patch: Mapping) -> str:
     peak = patch["peak"]
+    share = peak.get("normalised_effect")
+    of_it = f", {share:.0%} of the difference between target and baseline prompts" if share is not None else ""
     return (
-        f"Restoring the residual stream at layer {peak['layer']}, position {peak['position']} brings back "
-        f"{peak['effect']:.0%} of the {patch['metric']} between target and baseline prompts "
-        f"({patch['n_pairs']} pairs, {patch['n_refused']} refused). That locates where the difference is carried in this "
+        f"Restoring the residual stream at layer {peak['layer']}, position {peak['position']} moves the {patch['metric']} by "
+        f"{peak['effect']:+.2f}{of_it} ({patch['n_pairs']} pairs, {patch['n_refused']} refused). That locates where the difference is carried in this "
         "small model; it does not say that the place is about greatness."
     )

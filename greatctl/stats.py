@@ -1,0 +1,348 @@
+"""The few statistics that greatctl's claims rest on: pure, seeded functions over numpy arrays.
+
+Three habits run through all of them. The *unit* is what was drawn independently (an author, a prompt pair),
+never the passage or the token. A p-value from `draws` random rearrangements is (count + 1) / (draws + 1),
+or exact where all rearrangements can be enumerated; the *floor*, the smallest p that could have come out at
+all, travels with it, because a floor above level / looks means that no result could have passed. And many
+looks are paid for by max-T: one rearrangement serves all columns, the largest statistic among them is kept,
+and each column is compared with that (Westfall and Young 1993), which controls the family-wise error and
+uses the dependence between columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as scipy_stats
+
+__all__ = [
+    "Interval",
+    "LabelTest",
+    "SignFlipTest",
+    "auroc",
+    "benjamini_hochberg",
+    "bootstrap_interval",
+    "icc",
+    "label_permutation",
+    "sign_flip_max_t",
+    "smallest_detectable_effect",
+]
+
+Floats = NDArray[np.float64]
+EXACT_PAIRS = 12  # 2^11 different flips: enumerated
+LARGEST_EFFECT = 99.0  # what a difference without any spread inside the groups is reported as
+_CHUNK = 1 << 22  # numbers held at once by the resampling loops
+_TIE = 1e-10  # relative; two rearrangements of the same numbers may differ by rounding
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its interval; each is [n_columns] float64, NaN where there are too few units to tell."""
+
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
+@dataclass(frozen=True)
+class SignFlipTest:
+    """Result of `sign_flip_max_t`.
+
+    Attributes:
+        t: one-sample t of each column [n_cells]; infinite where all effects of a column are equal and not
+            0, NaN for a single pair.
+        p: two-sided p-value of each column alone [n_cells].
+        p_max_t: family-wise p-value [n_cells].
+        floor: the smallest p that this many pairs and draws can give.
+    """
+
+    t: Floats
+    p: Floats
+    p_max_t: Floats
+    floor: float
+
+
+@dataclass(frozen=True)
+class LabelTest:
+    """Result of `label_permutation`.
+
+    Attributes:
+        difference: mean of labelled minus mean of unlabelled units [n_latents], in the values' own unit.
+        effect: the difference in pooled standard deviations inside the groups (Cohen's d) [n_latents].
+        p: two-sided p-value of each column alone [n_latents].
+        p_max_t: family-wise p-value [n_latents].
+        floor: the smallest p that these labels and draws can give.
+        exact: every rearrangement of the labels was enumerated.
+    """
+
+    difference: Floats
+    effect: Floats
+    p: Floats
+    p_max_t: Floats
+    floor: float
+    exact: bool
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    clusters: Sequence[object] | NDArray | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    *,
+    over: ArrayLike | None = None,
+) -> Interval:
+    """Percentile bootstrap interval of the mean over units, or of a ratio of means.
+
+    Args:
+        values: [n] or [n, n_columns] float, one row a unit.
+        clusters: label of each unit's cluster [n]; whole clusters are drawn (pairs of one template, works
+            of one author).
+        level: coverage.
+        draws: bootstrap samples; the same samples serve all columns.
+        seed: seed of the samples.
+        over: denominators [n]; then the statistic is sum(values) / sum(over), not a mean of ratios.
+
+    Returns:
+        An `Interval` of [n_columns] (of [1] for one-dimensional values). Fewer than two clusters give NaN
+        limits.
+    """
+    x = _columns(values)
+    below = np.ones(len(x)) if over is None else np.asarray(over, dtype=np.float64)
+    _, group = np.unique(np.arange(len(x)) if clusters is None else np.asarray(clusters), return_inverse=True)
+    n_groups = int(group.max()) + 1 if len(x) else 0
+    mean = _ratio(x.sum(axis=0), below.sum())
+    if n_groups < 2:
+        unknown = np.full(x.shape[1], np.nan)
+        return Interval(mean, unknown, unknown.copy())
+    top = np.zeros((n_groups, x.shape[1]))
+    np.add.at(top, group, x)
+    bottom = np.bincount(group, weights=below, minlength=n_groups)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=draws).astype(np.float64)
+    bottoms = counts @ bottom
+    limits = [(1 - level) / 2, (1 + level) / 2]
+    width = max(1, _CHUNK // draws)
+    parts = [
+        np.nanquantile(_ratio(counts @ top[:, a : a + width], bottoms[:, None]), limits, axis=0)
+        for a in range(0, x.shape[1], width)
+    ]
+    low, high = np.concatenate(parts, axis=1)
+    return Interval(mean, low, high)
+
+
+def sign_flip_max_t(effects: ArrayLike, draws: int = 5000, seed: int = 0) -> SignFlipTest:
+    """Is the mean effect of a column 0? Sign flips of whole pairs, with max-T control over all columns.
+
+    Under the null hypothesis a pair's effects are symmetric around 0 jointly in all cells, so one sign a
+    pair is flipped in all columns at once. Up to 12 pairs all flips are enumerated; the floor is then 2 /
+    2^n.
+
+    Args:
+        effects: [n_pairs, n_cells] (or [n_pairs]) float, finite.
+        draws: random flips where they are not enumerated.
+        seed: seed of the random flips.
+    """
+    x = _columns(effects)
+    n = len(x)
+    rms = np.sqrt((x**2).sum(axis=0) * n)
+    unit = _ratio(x, rms)  # |column sum| is then |mean| / rms: monotone in |t|, and finite when t is not
+    observed = np.abs(unit.sum(axis=0))
+    if n <= EXACT_PAIRS:
+        bits = np.arange(2 ** (n - 1))[:, None] >> np.arange(n - 1)
+        signs = np.concatenate([np.ones((len(bits), 1)), 1.0 - 2.0 * (bits & 1)], axis=1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, n))
+    alone, family = _exceedances(signs, unit, observed)
+    extra = 0 if n <= EXACT_PAIRS else 1
+    total = len(signs) + extra
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (
+            np.sign(unit.sum(axis=0))
+            * observed
+            * np.sqrt(max(n - 1, 0))
+            / np.sqrt(np.maximum(1 - observed**2, 0))
+        )
+    t = np.where(observed == 0, 0.0, t)
+    return SignFlipTest(t, (alone + extra) / total, (family + extra) / total, 1 / total)
+
+
+def label_permutation(
+    values: ArrayLike,
+    labels: ArrayLike,
+    draws: int = 10_000,
+    seed: int = 0,
+    statistic: Literal["standardised", "rank"] = "standardised",
+) -> LabelTest:
+    """Do labelled units differ from the others? Labels of whole units are permuted, with max-T over all
+    columns.
+
+    The statistic is the difference of means in standard deviations of the column over all units (the same
+    order as the pooled two-sample t), two-sided; `rank` takes it on ranks, which is the order of the
+    Mann-Whitney statistic. Where the labels can be arranged in at most `draws` ways all are enumerated and
+    p is exact.
+
+    Args:
+        values: [n_units, n_latents] (or [n_units]) float, one row a unit (an author, not a passage).
+        labels: [n_units] bool; both groups must have a unit.
+        draws: random permutations where they are not enumerated.
+        seed: seed of the permutations.
+
+    Raises:
+        ValueError: one group is empty.
+    """
+    x, chosen = _columns(values), np.asarray(labels, dtype=bool)
+    n, k = len(chosen), int(chosen.sum())
+    if k in (0, n):
+        raise ValueError(f"both groups need a unit: {k} of {n} units are labelled")
+    ranked = np.asarray(scipy_stats.rankdata(x, axis=0)) if statistic == "rank" else x
+    centred = ranked - ranked.mean(axis=0)
+    spread = np.sqrt((centred**2).mean(axis=0))
+    constant = spread <= _TIE * np.maximum(np.abs(ranked).max(axis=0), np.finfo(float).tiny)
+    unit = np.where(constant, 0.0, _ratio(centred, spread)) * (
+        n / (k * (n - k))
+    )  # sum over labelled = difference of means
+    exact = comb(n, k) <= draws
+    masks = _all_labels(n, k) if exact else _random_labels(chosen, draws, seed)
+    observed = np.abs(chosen.astype(float) @ unit)
+    alone, family = _exceedances(masks, unit, observed)
+    extra = 0 if exact else 1
+    total = len(masks) + extra
+    smallest = (
+        2 if exact and 2 * k == n else 1
+    ) / total  # equal groups: the mirrored labels tie with the observed
+    difference = x[chosen].mean(axis=0) - x[~chosen].mean(axis=0)
+    effect = _cohens_d(x[chosen], x[~chosen], difference)
+    return LabelTest(difference, effect, (alone + extra) / total, (family + extra) / total, smallest, exact)
+
+
+def benjamini_hochberg(p: ArrayLike) -> Floats:
+    """False-discovery q-values [n] of p-values [n] (Benjamini and Hochberg 1995).
+
+    NaN stays NaN and does not count as a look.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    q = np.full(values.shape, np.nan)
+    known = ~np.isnan(values)
+    if known.any():
+        q[known] = scipy_stats.false_discovery_control(values[known], method="bh")
+    return q
+
+
+def auroc(values: ArrayLike, labels: ArrayLike) -> Floats:
+    """Chance that a labelled unit has the larger value, ties counting half; [n_columns] of values [n,
+    n_columns] or [n].
+
+    Raises:
+        ValueError: one group is empty.
+    """
+    x, chosen = _columns(values), np.asarray(labels, dtype=bool)
+    k, others = int(chosen.sum()), int((~chosen).sum())
+    if not k or not others:
+        raise ValueError(f"both groups need a unit: {k} labelled, {others} not")
+    ranks = np.asarray(scipy_stats.rankdata(x, axis=0))
+    return (ranks[chosen].sum(axis=0) - k * (k + 1) / 2) / (k * others)
+
+
+def icc(values: ArrayLike, clusters: Sequence[object] | NDArray) -> Floats:
+    """Intraclass correlation, one-way ANOVA estimate with unequal cluster sizes (Donner 1986), cut at 0.
+
+    Args:
+        values: [n] or [n, n_columns] float.
+        clusters: cluster of each row [n].
+
+    Returns:
+        [n_columns]; NaN where there is only one cluster, no cluster of two, or no variance.
+    """
+    x = _columns(values)
+    _, group = np.unique(np.asarray(clusters), return_inverse=True)
+    sizes = np.bincount(group).astype(np.float64)
+    n, m = len(x), len(sizes)
+    if m < 2 or n == m:
+        return np.full(x.shape[1], np.nan)
+    means = np.zeros((m, x.shape[1]))
+    np.add.at(means, group, x)
+    means /= sizes[:, None]
+    between = (sizes[:, None] * (means - x.mean(axis=0)) ** 2).sum(axis=0) / (m - 1)
+    within = ((x - means[group]) ** 2).sum(axis=0) / (n - m)
+    size = (n - (sizes**2).sum() / n) / (m - 1)
+    total = between + (size - 1) * within
+    return np.where(total > 0, np.maximum(_ratio(between - within, total), 0.0), np.nan)
+
+
+def smallest_detectable_effect(
+    n1: int, n2: int | None = None, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """The effect, in standard deviations, that a two-sided t test finds with probability `power`.
+
+    Args:
+        n1: units in the first group, or pairs where `n2` is None (then the unit is the standard deviation
+            of the paired differences).
+        n2: units in the second group.
+        alpha: level; divide it by the number of looks where looks are corrected for.
+        power: wanted power.
+
+    Returns:
+        (t(1 - alpha/2) + t(power)) times the standard error, infinite where no degree of freedom is left.
+    """
+    freedom = n1 - 1 if n2 is None else n1 + n2 - 2
+    if freedom < 1 or n1 < 1 or (n2 is not None and n2 < 1):
+        return float("inf")
+    error = np.sqrt(1 / n1 if n2 is None else 1 / n1 + 1 / n2)
+    return float((scipy_stats.t.isf(alpha / 2, freedom) + scipy_stats.t.ppf(power, freedom)) * error)
+
+
+def _columns(values: ArrayLike) -> Floats:
+    x = np.asarray(values, dtype=np.float64)
+    return x[:, None] if x.ndim == 1 else x
+
+
+def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
+    """above / below, 0 / 0 = 0 where the numerator vanishes too, NaN for other divisions by 0."""
+    top, bottom = np.broadcast_arrays(
+        np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+    )
+    filler = np.where(top == 0, 0.0, np.nan)
+    return np.divide(top, bottom, out=filler, where=bottom != 0)
+
+
+def _exceedances(arrangements: Floats, unit: Floats, observed: Floats) -> tuple[Floats, Floats]:
+    """How many arrangements reach each column's statistic: by the same column, and by the largest column."""
+    alone, largest = np.zeros(unit.shape[1]), np.zeros(len(arrangements))
+    bar = observed * (1 - _TIE)
+    rows = max(1, _CHUNK // max(1, unit.shape[1]))
+    for a in range(0, len(arrangements), rows):
+        found = np.abs(arrangements[a : a + rows] @ unit)
+        alone += (found >= bar).sum(axis=0)
+        largest[a : a + rows] = found.max(axis=1, initial=0.0)
+    largest.sort()
+    return alone, len(largest) - np.searchsorted(largest, bar, side="left").astype(np.float64)
+
+
+def _all_labels(n: int, k: int) -> Floats:
+    places = np.array(list(combinations(range(n), k)))
+    masks = np.zeros((len(places), n))
+    np.put_along_axis(masks, places, 1.0, axis=1)
+    return masks
+
+
+def _random_labels(chosen: NDArray[np.bool_], draws: int, seed: int) -> Floats:
+    rng = np.random.default_rng(seed)
+    return rng.permuted(np.tile(chosen.astype(np.float64), (draws, 1)), axis=1)
+
+
+def _cohens_d(first: Floats, second: Floats, difference: Floats) -> Floats:
+    freedom = max(len(first) + len(second) - 2, 1)
+    squares = ((first - first.mean(axis=0)) ** 2).sum(axis=0) + ((second - second.mean(axis=0)) ** 2).sum(
+        axis=0
+    )
+    pooled = np.sqrt(squares / freedom)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        d = np.where(difference == 0, 0.0, difference / pooled)
+    return np.clip(d, -LARGEST_EFFECT, LARGEST_EFFECT)

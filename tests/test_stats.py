@@ -1,0 +1,158 @@
+"""The statistics hold their error rates on data without an effect, and find planted effects."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from greatctl import stats
+
+
+def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    table = rng.normal(1.0, 2.0, size=(40, 300))
+    found = stats.bootstrap_interval(table, draws=500)
+    covered = ((found.low < 1.0) & (found.high > 1.0)).mean()
+    assert 0.88 < covered < 0.98
+    assert np.allclose(found.mean, table.mean(axis=0))
+
+
+def test_bootstrap_of_clusters_is_wider_than_of_their_members():
+    rng = np.random.default_rng(1)
+    clusters = np.repeat(np.arange(8), 10)
+    values = rng.normal(size=8)[clusters] + 0.1 * rng.normal(size=80)
+    alone = stats.bootstrap_interval(values)
+    whole = stats.bootstrap_interval(values, clusters=clusters)
+    assert (whole.high - whole.low)[0] > 2 * (alone.high - alone.low)[0]
+
+
+def test_bootstrap_ratio_is_a_ratio_of_means_and_survives_one_tiny_denominator():
+    found = stats.bootstrap_interval([1.0, 2.0, 0.5], over=[2.0, 4.0, 1e-9])
+    assert found.mean[0] == pytest.approx(3.5 / 6.000000001)
+    assert found.high[0] > found.mean[0] > found.low[0]
+
+
+def test_bootstrap_of_one_unit_claims_no_interval():
+    found = stats.bootstrap_interval([3.0])
+    assert found.mean[0] == 3.0 and np.isnan(found.low[0]) and np.isnan(found.high[0])
+
+
+def test_sign_flip_enumerates_small_samples_exactly():
+    found = stats.sign_flip_max_t(np.array([[1.0, 1.0], [1.0, -1.0], [1.0, 2.0], [1.0, 0.5]]))
+    assert found.floor == 2 / 2**4
+    assert found.p[0] == found.floor
+    sums = [
+        abs(a * 1 + b * -1 + c * 2 + d * 0.5)
+        for a in (1, -1)
+        for b in (1, -1)
+        for c in (1, -1)
+        for d in (1, -1)
+    ]
+    assert found.p[1] == pytest.approx(np.mean(np.array(sums) >= 2.5 - 1e-9))
+    assert (found.p_max_t >= found.p).all()
+
+
+def test_sign_flip_t_is_the_one_sample_t():
+    from scipy.stats import ttest_1samp
+
+    x = np.random.default_rng(2).normal(0.3, 1, size=(20, 5))
+    assert np.allclose(stats.sign_flip_max_t(x, draws=50).t, ttest_1samp(x, 0).statistic)
+
+
+def test_sign_flip_keeps_the_family_wise_error_on_null_sweeps_and_finds_a_planted_effect():
+    rejected, found = 0, 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        shared = rng.normal(size=(16, 1))  # cells of one pair depend on each other
+        effects = 0.7 * shared + rng.normal(size=(16, 60))
+        effects *= rng.choice([-1.0, 1.0], size=(16, 1))
+        rejected += stats.sign_flip_max_t(effects, draws=300, seed=seed).p_max_t.min() <= 0.05
+        effects[:, 7] += 2.0
+        found += stats.sign_flip_max_t(effects, draws=300, seed=seed).p_max_t[7] <= 0.05
+    assert rejected <= 11  # 5 expected; 12 or more has probability .004
+    assert found >= 90
+
+
+def test_cells_without_any_effect_have_p_one():
+    effects = np.zeros((20, 3))
+    effects[:, 1] = np.random.default_rng(3).normal(2, 1, 20)
+    found = stats.sign_flip_max_t(effects, draws=500)
+    assert found.p_max_t[0] == found.p[2] == 1.0 and found.t[0] == 0.0
+    assert found.p_max_t[1] == found.floor == 1 / 501
+
+
+def test_label_permutation_null_rate_and_power():
+    alone, family, planted = 0.0, 0, 0
+    for seed in range(100):
+        rng = np.random.default_rng(1000 + seed)
+        values, labels = rng.normal(size=(24, 40)), np.arange(24) < 11
+        found = stats.label_permutation(values, labels, draws=300, seed=seed)
+        alone += (found.p <= 0.05).mean()
+        family += found.p_max_t.min() <= 0.05
+        values[labels, 3] += 2.5
+        planted += stats.label_permutation(values, labels, draws=300, seed=seed).p_max_t[3] <= 0.05
+    assert 0.03 < alone / 100 < 0.07
+    assert family <= 11
+    assert planted >= 90
+
+
+def test_label_permutation_is_exact_when_few_arrangements_exist():
+    found = stats.label_permutation([0.0, 0.1, 0.2, 5.0, 5.1, 5.2], [0, 0, 0, 1, 1, 1])
+    assert found.exact and found.p[0] == found.floor == 2 / 20
+    assert found.difference[0] == pytest.approx(5.0) and found.effect[0] == pytest.approx(50.0)
+    uneven = stats.label_permutation([0.0, 0.1, 0.2, 0.3, 9.0], [0, 0, 0, 0, 1])
+    assert uneven.p[0] == uneven.floor == 1 / 5
+
+
+def test_label_permutation_of_a_constant_latent_says_nothing_and_no_spread_stays_finite():
+    values = np.column_stack([np.full(8, 0.3), np.repeat([0.0, 1.0], 4)])
+    found = stats.label_permutation(values, np.arange(8) >= 4)
+    assert found.p[0] == 1.0 and found.effect[0] == 0.0
+    assert found.effect[1] == stats.LARGEST_EFFECT
+
+
+def test_rank_statistic_resists_one_outlier():
+    values = np.r_[np.arange(10.0), np.arange(10.0) + 8]
+    values[3] = 1000.0
+    labels = np.arange(20) >= 10
+    assert stats.label_permutation(values, labels, draws=999).p[0] > 0.1
+    assert stats.label_permutation(values, labels, draws=999, statistic="rank").p[0] < 0.05
+
+
+def test_one_empty_group_is_an_error():
+    with pytest.raises(ValueError, match="both groups"):
+        stats.label_permutation([1.0, 2.0], [False, False])
+    with pytest.raises(ValueError, match="both groups"):
+        stats.auroc([1.0, 2.0], [True, True])
+
+
+def test_benjamini_hochberg_known_values_and_missing_ones():
+    q = stats.benjamini_hochberg([0.01, 0.04, np.nan, 0.03, 0.005])
+    assert np.allclose(q[[0, 1, 3, 4]], [0.02, 0.04, 0.04, 0.02]) and np.isnan(q[2])
+
+
+def test_auroc_counts_pairs_with_ties_as_half():
+    assert stats.auroc([1, 2, 3, 4], [0, 0, 1, 1])[0] == 1.0
+    assert stats.auroc([1, 1, 1, 1], [0, 0, 1, 1])[0] == 0.5
+    assert stats.auroc(np.array([[3.0, 1], [1, 2], [2, 3]]), [1, 0, 0]).tolist() == [1.0, 0.0]
+
+
+def test_icc_recovers_the_share_of_variance_between_clusters():
+    rng = np.random.default_rng(4)
+    clusters = np.repeat(np.arange(400), rng.integers(3, 8, 400))
+    values = np.sqrt(0.3) * rng.normal(size=400)[clusters] + np.sqrt(0.7) * rng.normal(size=len(clusters))
+    assert stats.icc(values, clusters)[0] == pytest.approx(0.3, abs=0.05)
+    assert stats.icc(rng.normal(size=len(clusters)), clusters)[0] < 0.06
+    assert np.isnan(stats.icc([1.0, 2.0], ["a", "b"])[0])
+
+
+def test_smallest_detectable_effect_matches_simulated_power():
+    effect = stats.smallest_detectable_effect(15, 18)
+    assert effect == pytest.approx(1.0, abs=0.05)
+    from scipy.stats import ttest_ind
+
+    rng = np.random.default_rng(5)
+    power = (ttest_ind(rng.normal(effect, 1, (15, 2000)), rng.normal(0, 1, (18, 2000))).pvalue < 0.05).mean()
+    assert power == pytest.approx(0.8, abs=0.04)
+    assert stats.smallest_detectable_effect(1) == float("inf")
+    assert stats.smallest_detectable_effect(24) < stats.smallest_detectable_effect(10)
