@@ -1,0 +1,110 @@
+"""From the name that a person gives to an open model, the same way for every stage.
+
+`bundled` is the small model that comes with greatctl. A relative folder means the current folder when it was
+given as a flag or in the environment, and the manifest's folder when it stands in sources.toml.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, ResourceError, UsageError
+from .context import Context
+
+if TYPE_CHECKING:
+    from ..model.interface import FrozenModel
+
+__all__ = ["BUNDLED", "chosen_model", "open_model", "pick_device", "resolve", "slug"]
+
+BUNDLED = "bundled"
+
+
+def resolve(name: str, *, base: Path | None = None) -> tuple[str | Path, str]:
+    """A model's source (folder or hub id) and its name (`bundled`, an absolute folder or the hub id).
+
+    Args:
+        base: folder that a relative path starts from; default the current one.
+
+    Raises:
+        InputError: the bundled model is not in this installation.
+    """
+    if name == BUNDLED:
+        from ..reference import model_dir
+
+        folder = Path(model_dir())
+        if not (folder / "config.json").is_file():
+            fix = "install greatctl again, or name another model with --model"
+            raise InputError("the bundled model is missing", why=f"{folder} holds no model", fix=fix)
+        return folder, BUNDLED
+    path = Path(name).expanduser()
+    path = path if path.is_absolute() or base is None else base / path
+    if path.is_dir() or name.startswith((".", "/", "~")):
+        return path.resolve(), str(path.resolve())
+    return name, name
+
+
+def chosen_model(ctx: Context, value: str | None, *, fallback: str | None = None) -> tuple[str | Path, str]:
+    """`resolve` a stage's `model` setting; else `fallback`, else the manifest's `[model] name`."""
+    manifest = ctx.project.manifest
+    beside = manifest.path.parent
+    if value is not None:
+        return resolve(
+            value, base=beside if ctx.origins.get("model", "").startswith("sources.toml") else None
+        )
+    if fallback is not None:
+        return resolve(fallback)
+    return resolve(manifest.model_name, base=beside)
+
+
+def open_model(
+    ctx: Context, name: str, *, engine: str = "auto", dtype: str = "auto", upto: int | None = None
+) -> FrozenModel:
+    """Load the model called `name` (as `resolve` or a meta.json spells it) on the context's device.
+
+    Raises: as `greatctl.model.load` and `pick_device`.
+    """
+    source, display = resolve(name)
+    device = pick_device(ctx.device)
+    from .. import model
+
+    return model.load(
+        source, name=display, device=device, dtype=dtype, engine=engine, upto=upto, offline=ctx.offline
+    )
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """A torch device name. `auto` is CUDA or else the CPU (MPS lacks float64, so only on request).
+
+    Raises:
+        ResourceError: the device is not there.
+        UsageError: it is no device.
+    """
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = wanted.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
+        raise UsageError(
+            f"unknown device {wanted!r}", why="it is no device", fix="use auto, cpu, cuda, cuda:N or mps"
+        )
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }[kind]
+    if not there:
+        raise ResourceError(
+            f"there is no device {wanted}",
+            why=f"torch {torch.__version__} does not see it here",
+            fix="use --device cpu",
+        )
+    return wanted
+
+
+def slug(name: str) -> str:
+    """A model's folder name under data/: the last part of its name, safe on every disk."""
+    last = name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "model"
