@@ -1,0 +1,119 @@
+"""BatchTopK: a batch of n tokens keeps its n k largest pre-activations (Bussmann et al. 2024, arXiv
+2412.06410).
+
+Tokens that need many latents get them from tokens that need few; L0 is k on average. As TopK otherwise. A
+single token has no batch to compete in, so reading uses one global threshold theta:
+
+    a_i = p_i where p_i > theta, else 0
+
+theta follows the smallest kept activation in training, and is then set on held-out rows so that L0 = k.
+On disk this is a JumpReLU with theta repeated.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .coder import Coder, Inference
+from .topk import TopK, TopKConfig
+
+__all__ = ["BatchTopK", "kth_largest", "threshold_for"]
+
+_BETA = 0.999
+_SAMPLE = 1 << 16
+_CALIBRATION_VALUES = 1 << 27  # pre-activations looked at: 64k rows at 2048 latents, 4k rows at 32768
+
+
+class BatchTopK(TopK):
+    """The n k largest pre-activations of a batch; in evaluation mode, those above the threshold."""
+
+    name: ClassVar[str] = "batchtopk"
+    threshold: Tensor
+    batches: Tensor
+
+    def __init__(self, config: TopKConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def select(self, pre_acts: Tensor) -> Tensor:
+        """Latents [n, d_sae] from pre-activations [n, d_sae]."""
+        if not self.training:
+            return torch.where(pre_acts > self.threshold, pre_acts, 0.0).relu()
+        lowest = kth_largest(pre_acts.detach(), pre_acts.shape[0] * self.config.k)
+        self._follow(lowest)
+        return torch.where(pre_acts >= lowest, pre_acts, 0.0)
+
+    def calibrate(self, rows: Tensor) -> None:
+        """Set the threshold so that `rows` (scaled as in training) have L0 = k."""
+        self.threshold.fill_(threshold_for(self, rows, self.config.k))
+
+    def fold(self, scale: float) -> None:
+        """As TopK; the threshold is an activation and shrinks with them."""
+        super().fold(scale)
+        self.threshold /= scale
+
+    def inference_state(self) -> Inference:
+        """SAELens `jumprelu`, the threshold repeated for each latent."""
+        tensors = self.tensors("W_enc", "b_enc", "W_dec", "b_dec")
+        tensors["threshold"] = self.threshold.detach().cpu().float().expand(self.config.d_sae).contiguous()
+        details = {
+            **self._details(),
+            "k": self.config.k,
+            "rescale_acts_by_decoder_norm": False,
+            "topk_threshold_lr": 1 - _BETA,
+        }
+        return Inference("jumprelu", tensors, details=details)
+
+    def _follow(self, lowest: Tensor) -> None:
+        """Exponential mean of the smallest kept activation; a plain mean over the first batches."""
+        self.batches += 1
+        weight = (1 / self.batches.float()).clamp_min(1 - _BETA)
+        self.threshold += weight * (lowest - self.threshold)
+
+
+def kth_largest(values: Tensor, count: int) -> Tensor:
+    """The `count`-th largest positive entry, a scalar; the smallest positive one where fewer are positive.
+
+    Exact, without sorting everything: a strided sample gives a bound that leaves few candidates.
+    """
+    flat = values.flatten()
+    sample = flat[:: max(1, flat.numel() // _SAMPLE) | 1]  # an odd stride visits every latent
+    share = min(sample.numel(), int(1.25 * count / flat.numel() * sample.numel()) + 16)
+    bound = sample.topk(share).values[-1].clamp_min(0.0)
+    candidates = flat[flat > bound]
+    if candidates.numel() < count:
+        candidates = flat[flat > 0]
+    if candidates.numel() == 0:
+        return values.new_full((), torch.finfo(values.dtype).tiny)
+    return candidates.topk(min(count, candidates.numel()), sorted=False).values.min()
+
+
+@torch.no_grad()
+def threshold_for(coder: Coder, rows: Tensor, k: int, *, chunk: int = 4096) -> float:
+    """The threshold at which `rows` [n, d_in] (scaled as in training) have L0 = k, by bisection.
+
+    Returns 0.0 where fewer than k pre-activations a row are positive. The rows are thinned evenly where n
+    d_sae is large.
+    """
+    limit = max(1, _CALIBRATION_VALUES // coder.config.d_sae)
+    rows = rows[:: -(-rows.shape[0] // limit)]
+    kept = []
+    for part in rows.split(chunk):
+        pre_acts = coder.pre_acts(part)
+        kept.append(pre_acts[pre_acts > 0])
+    values = torch.cat(kept)
+    wanted = k * rows.shape[0]
+    if values.numel() <= wanted:
+        return 0.0
+    low, high = 0.0, float(values.max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        count = int((values > middle).sum())
+        if abs(count - wanted) <= 0.001 * wanted:
+            return middle
+        low, high = (middle, high) if count > wanted else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,95 @@
+"""TopK: each token keeps its k largest pre-activations (Gao et al. 2024, arXiv 2406.04093).
+
+    p = (x - b_dec) W_enc + b_enc
+    a = relu(p_i) for the k largest p_i of the token, else 0
+    x^ = a W_dec + b_dec,  rows of W_dec of norm 1
+    loss = |x - x^|^2 / d_in + alpha AuxK                        (mean over the batch)
+
+k sets L0 directly; no penalty pulls activations towards zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from .auxk import auxk
+from .coder import Coder, CoderConfig, Inference
+
+__all__ = ["TopK", "TopKConfig"]
+
+
+class TopKConfig(CoderConfig):
+    """Settings of `topk`."""
+
+    k: int = Field(32, ge=1, description="active latents a token; at most d_sae")
+    aux_coefficient: float = Field(
+        1 / 32, ge=0, description="weight alpha of the AuxK loss for dead latents; 0 = off"
+    )
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> TopKConfig:
+        if self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} is above d_sae = {self.d_sae}")
+        return self
+
+
+class TopK(Coder):
+    """The k largest pre-activations of each token."""
+
+    name: ClassVar[str] = "topk"
+    Config: ClassVar[type[CoderConfig]] = TopKConfig
+    config: TopKConfig
+
+    def select(self, pre_acts: Tensor) -> Tensor:
+        """Latents [n, d_sae] from pre-activations [n, d_sae]."""
+        values, places = pre_acts.topk(self.config.k, dim=1, sorted=False)
+        return torch.zeros_like(pre_acts).scatter(1, places, values.relu())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents [n, d_sae], at most k of them positive in a row."""
+        return self.select(self.pre_acts(x))
+
+    def losses(self, x: Tensor, *, dead: Tensor, step: int) -> Mapping[str, Tensor]:
+        """`mse` and, where it is on, `auxk`."""
+        pre_acts = self.pre_acts(x)
+        latents = self.select(pre_acts)
+        self.note_fired(latents)
+        residual = x - self.decode(latents)
+        terms = {"mse": residual.square().mean()}
+        if self.config.aux_coefficient > 0:
+            extra = auxk(pre_acts, residual, self.W_dec, dead)
+            if extra is None:
+                self.counts["auxk_not_finite"] += 1
+                extra = pre_acts.new_zeros(())
+            terms["auxk"] = self.config.aux_coefficient * extra
+        return terms
+
+    def fold(self, scale: float) -> None:
+        """Raw inputs with the decoder's unit rows kept: every activation shrinks by the one factor `scale`.
+
+        One factor for all leaves the ranking, and so the k winners, as they are.
+        """
+        with torch.no_grad():
+            self.b_enc /= scale
+            self.b_dec /= scale
+
+    def inference_state(self) -> Inference:
+        """SAELens `topk`."""
+        return Inference(
+            "topk",
+            self.tensors("W_enc", "b_enc", "W_dec", "b_dec"),
+            extra={"k": self.config.k, "rescale_acts_by_decoder_norm": False},
+            details=self._details(),
+        )
+
+    def _details(self) -> dict[str, object]:
+        return {
+            "decoder_init_norm": self.decoder_init_norm,
+            "use_sparse_activations": False,
+            "aux_loss_coefficient": self.config.aux_coefficient,
+        }
