@@ -54,13 +54,13 @@ def run_demo(root: Root, folder: Path, common: Common) -> dict[str, object]:
     _import_texts(inside, imports, common)
     results = run_chain(inside, "fetch", "report", {}, common)
     summaries = {r.stage: r.summary for r in results}
-    features = next(r.artifact for r in results if r.stage == "interpret")
-    report = results[-1].artifact
-    assert features is not None and report is not None  # both stages always seal a folder
+    made = {r.stage: r.artifact for r in results}
+    features, patches = made["interpret"], made["patch"]
+    assert features is not None and patches is not None  # both stages always seal a folder
     return {
         "project": str(folder.absolute()),
         "report": str(summaries["report"]["path"]),
-        "findings": findings(summaries, features),
+        "findings": findings(summaries, features, patches),
         "seconds": round(time.perf_counter() - began, 1),
     }
 

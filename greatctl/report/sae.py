@@ -62,18 +62,13 @@ def _training(curve: Mapping[str, list]) -> Block:
     return lines("Training", steps, series, x_title="step", words=words)
 
 
-def _density(histogram: Any) -> Block:
-    if isinstance(histogram, Mapping) and "edges" in histogram:
-        labels, counts = list(histogram["edges"])[: len(histogram["counts"])], list(histogram["counts"])
-    elif isinstance(histogram, Mapping):
-        labels, counts = list(histogram), list(histogram.values())
-    else:
-        labels, counts = list(range(-len(histogram), 0)), list(histogram)
+def _density(histogram: Mapping[str, list]) -> Block:
+    counts = histogram["latents"]
     return bars(
         "How often latents fire",
-        labels,
+        histogram["log10_density"][: len(counts)],
         counts,
-        x_title="log10 of the share of held-out tokens",
+        x_title="log10 of the share of held-out tokens (lower edge)",
         y_title="latents",
         words=f"{sum(counts):,} latents by the share of held-out tokens on which they fire.",
     )

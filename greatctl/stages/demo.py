@@ -94,28 +94,29 @@ def _manifest() -> str:
     return "".join(parts)
 
 
-def findings(summaries: Mapping[str, Mapping], features: Path) -> list[str]:
-    """Three sentences, honestly hedged: the autoencoder, the strongest contrast, the patching peak.
+def findings(summaries: Mapping[str, Mapping], features: Path, patches: Path) -> list[str]:
+    """Three sentences, honestly hedged: the autoencoder, the strongest contrast, where patching finds the difference.
 
     Args:
         summaries: stage -> its summary.
         features: the sealed features artifact.
+        patches: the sealed patching artifact.
     """
     return [
         _sae_sentence(summaries["train"]),
         _contrast_sentence(summaries["interpret"], features),
-        _patch_sentence(summaries["patch"]),
+        _patch_sentence(summaries["patch"], patches),
     ]
 
 
 def _sae_sentence(train: Mapping) -> str:
     recovered = train.get("ce_loss_recovered")
-    spliced = f" and, put in its place, keeps {recovered:.0%} of the model's predictions" if recovered else ""
+    spliced = f" and, put in its place, loses {1 - recovered:.0%} of what the layer is worth to the model" if recovered else ""
     return (
         f"With {train['l0']:.0f} of {train['d_sae']:,} latents active a token, the autoencoder explains "
         f"{train['explained_variance']:.0%} of the variance of texts that it has not seen{spliced}; "
-        f"{train['dead_fraction']:.0%} of its latents never fire there. Thirty short texts are very little: a real run "
-        "reads a hundred times more."
+        f"{train['dead_fraction']:.0%} of its latents are dead. Thirty short texts are very little: a real run reads a "
+        "hundred times more."
     )
 
 
@@ -135,7 +136,8 @@ def _contrast_sentence(interpret: Mapping, features: Path) -> str:
     return (
         f"The latent that sets the characters' sketches most apart from the ordinary people's is {best['latent']} "
         f"(it fires on {words}; effect {best['effect']:+.2f}, {q}), and its verdict is '{best['verdict']}': {judged}. "
-        "The unit is the subject of a text, since all thirty have one author."
+        "The unit is the subject of a text, since all thirty have one author, and none of the baselines has been computed: "
+        "read it as a habit of writing about famous people, not as greatness."
     )
 
 
@@ -145,12 +147,21 @@ def _tokens_of(features: Path, latent: int) -> str:
     return ", ".join(words) or "nothing that could be shown"
 
 
-def _patch_sentence(patch: Mapping) -> str:
-    peak = patch["peak"]
-    share = peak.get("normalised_effect")
-    of_it = f", {share:.0%} of the difference between target and baseline prompts" if share is not None else ""
+def _patch_sentence(patch: Mapping, patches: Path) -> str:
+    """By which layer the difference has come to the place where the answer is read."""
+    rows = read_rows(patches / "cells.parquet")
+    last = [
+        r
+        for r in rows
+        if r["metric"] == patch["metric"] and r["direction"] == "denoising" and r["position_from_end"] == -1
+    ]
+    by_layer = sorted(last, key=lambda r: r["layer"])
+    here = next((r for r in by_layer if (r["normalised_effect"] or 0) >= 0.5), by_layer[-1])
+    before = by_layer[max(here["layer"] - 1, 0)]
+    p = f", family-wise p = {here['p_max_t']:.2g}" if here["p_max_t"] is not None else ""
     return (
-        f"Restoring the residual stream at layer {peak['layer']}, position {peak['position']} moves the {patch['metric']} by "
-        f"{peak['effect']:+.2f}{of_it} ({patch['n_pairs']} pairs, {patch['n_refused']} refused). That locates where the difference is carried in this "
-        "small model; it does not say that the place is about greatness."
+        f"The words that tell target from baseline prompts stand early in them; at layer {before['layer']} restoring the last "
+        f"position alone brings back {before['normalised_effect'] or 0:.0%} of the difference in {patch['metric']}, at layer "
+        f"{here['layer']} {here['normalised_effect'] or 0:.0%} ({here['n_pairs']} pairs, {patch['n_refused']} refused{p}). "
+        "That says where this small model carries the difference; it does not say that the place is about greatness."
     )
