@@ -26,6 +26,7 @@ def _layout(**more: object) -> dict[str, object]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "inherit", "size": 12},
         "legend": {"orientation": "h", "y": 1.12},
+        "autosize": True,
     }
     return {**base, **more}
 

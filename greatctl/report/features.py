@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,8 +46,8 @@ def hypotheses(interpreted: Artifact, rules: str) -> list[Block]:
     missing = rows[0]["missing"] if rows else []
     if missing:
         blocks.append(Prose("Baselines not computed for this run: " + ", ".join(missing) + ".", quiet=True))
-    blocks += [Prose(" ".join(part.split()), quiet=True) for part in rules.split("\n\n") if part.strip()]
-    return blocks
+    written = inspect.cleandoc(rules).split("\nArgs:")[0].strip()
+    return [*blocks, Prose(written, summary="The written rules of a verdict")]
 
 
 def cards(interpreted: Artifact, count: int) -> list[Block]:

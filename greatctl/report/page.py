@@ -32,7 +32,7 @@ def render(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=cell, objid=id)
+    environment.filters.update(cell=cell, objid=id, shown=shown)
     style, script, plotly = _asset("report.css"), _asset("report.js"), _plotly()
     charts = [c for s in view.sections for c in s.blocks if isinstance(c, Chart)]
     figures = clean([{"data": list(c.data), "layout": dict(c.layout)} for c in charts])
@@ -60,6 +60,11 @@ def cell(value: Cell) -> str:
             return "not available"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return value
+
+
+def shown(token: str) -> str:
+    """A token as one can read it in a line: a line break as a return sign."""
+    return token.replace("\n", "\u21b5")
 
 
 def _policy(scripts: list[str]) -> str:

@@ -25,7 +25,7 @@ def finding(summary: Mapping[str, Any]) -> str:
             f"{summary['l0']:.1f} latents active a token"
         )
     if summary.get("ce_loss_recovered") is not None:
-        parts.append(f"and keeps {summary['ce_loss_recovered']:.1%} of the model's loss when put in its place")
+        parts.append(f"and, put in its place, recovers {summary['ce_loss_recovered']:.1%} of the loss that zeroing the layer would cost")
     return " ".join(parts) + f"; {summary['dead_fraction']:.1%} of the latents are dead."
 
 

@@ -39,10 +39,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Prose:
-    """A paragraph. `quiet` is for the small print."""
+    """A paragraph. `quiet` is for the small print; with a `summary` it is folded away and its line breaks are kept."""
 
     text: str
     quiet: bool = False
+    summary: str = ""
     kind: str = "prose"
 
 

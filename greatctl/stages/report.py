@@ -27,7 +27,7 @@ from .context import Context, Plan, Result, StageConfig
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "report"
-LAYOUT = 1  # raised when the page changes, so that an old report is remade
+LAYOUT = 3  # raised when the page changes, so that an old report is remade
 
 
 class Config(StageConfig):

@@ -7,15 +7,14 @@
     node.dataset.drawn = "1";
     var figure = figures[Number(node.dataset.chart)];
     var layout = Object.assign({}, figure.layout, { font: Object.assign({}, figure.layout.font, { color: ink() }) });
-    Plotly.newPlot(node, figure.data, layout, { displaylogo: false, responsive: true });
+    Plotly.newPlot(node, figure.data, layout, { displayModeBar: false, responsive: true });
   }
   var charts = Array.prototype.slice.call(document.querySelectorAll(".chart"));
-  if ("IntersectionObserver" in window) {
-    var seen = new IntersectionObserver(function (entries) {
-      entries.forEach(function (e) { if (e.isIntersecting) { draw(e.target); seen.unobserve(e.target); } });
-    }, { rootMargin: "400px" });
-    charts.forEach(function (c) { seen.observe(c); });
-  } else { charts.forEach(draw); }
+  // One after the other, so that the page can be read and scrolled while they are drawn.
+  function next(index) {
+    if (index < charts.length) { draw(charts[index]); setTimeout(function () { next(index + 1); }, 0); }
+  }
+  next(0);
   window.addEventListener("beforeprint", function () { charts.forEach(draw); });
 
   function value(row, index) {
