@@ -79,9 +79,7 @@ def resolve(
     table = manifest.tables.get(stage, {})
     _known_keys(schema, stage, table, manifest)
     if strangers := set(flags) - set(schema.model_fields):
-        raise BugError(
-            f"{stage} has no setting {min(strangers)!r}", why="a flag was passed that has no field"
-        )
+        raise BugError(f"{stage} has no setting {min(strangers)!r}", why="a flag was passed that has no field")
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     for name, field in schema.model_fields.items():
@@ -101,9 +99,7 @@ def resolve(
     return Resolved(config, Origins(origins, config.model_dump(mode="json")))
 
 
-def resolve_device(
-    stage: str, *, flag: str | None, manifest: Manifest, environ: Mapping[str, str]
-) -> tuple[str, str]:
+def resolve_device(stage: str, *, flag: str | None, manifest: Manifest, environ: Mapping[str, str]) -> tuple[str, str]:
     """The device and its origin: `--device`, the environment, `device` in the stage's table, else `auto`."""
     if flag:
         return flag, "flag --device"

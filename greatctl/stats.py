@@ -163,12 +163,7 @@ def sign_flip_max_t(effects: ArrayLike, draws: int = 5000, seed: int = 0) -> Sig
     extra = 0 if n <= EXACT_PAIRS else 1
     total = len(signs) + extra
     with np.errstate(divide="ignore", invalid="ignore"):
-        t = (
-            np.sign(unit.sum(axis=0))
-            * observed
-            * np.sqrt(max(n - 1, 0))
-            / np.sqrt(np.maximum(1 - observed**2, 0))
-        )
+        t = np.sign(unit.sum(axis=0)) * observed * np.sqrt(max(n - 1, 0)) / np.sqrt(np.maximum(1 - observed**2, 0))
     t = np.where(observed == 0, 0.0, t)
     return SignFlipTest(t, (alone + extra) / total, (family + extra) / total, 1 / total)
 
@@ -214,9 +209,7 @@ def label_permutation(
     alone, family = _exceedances(masks, unit, observed)
     extra = 0 if exact else 1
     total = len(masks) + extra
-    smallest = (
-        2 if exact and 2 * k == n else 1
-    ) / total  # equal groups: the mirrored labels tie with the observed
+    smallest = (2 if exact and 2 * k == n else 1) / total  # equal groups: the mirrored labels tie with the observed
     difference = x[chosen].mean(axis=0) - x[~chosen].mean(axis=0)
     effect = _cohens_d(x[chosen], x[~chosen], difference)
     return LabelTest(difference, effect, (alone + extra) / total, (family + extra) / total, smallest, exact)
@@ -276,9 +269,7 @@ def icc(values: ArrayLike, clusters: Sequence[object] | NDArray) -> Floats:
     return np.where(total > 0, np.maximum(_ratio(between - within, total), 0.0), np.nan)
 
 
-def smallest_detectable_effect(
-    n1: int, n2: int | None = None, alpha: float = 0.05, power: float = 0.8
-) -> float:
+def smallest_detectable_effect(n1: int, n2: int | None = None, alpha: float = 0.05, power: float = 0.8) -> float:
     """The effect, in standard deviations, that a two-sided t test finds with probability `power`.
 
     Args:
@@ -305,9 +296,7 @@ def _columns(values: ArrayLike) -> Floats:
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
     """above / below, 0 / 0 = 0 where the numerator vanishes too, NaN for other divisions by 0."""
-    top, bottom = np.broadcast_arrays(
-        np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
-    )
+    top, bottom = np.broadcast_arrays(np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64))
     filler = np.where(top == 0, 0.0, np.nan)
     return np.divide(top, bottom, out=filler, where=bottom != 0)
 
@@ -339,9 +328,7 @@ def _random_labels(chosen: NDArray[np.bool_], draws: int, seed: int) -> Floats:
 
 def _cohens_d(first: Floats, second: Floats, difference: Floats) -> Floats:
     freedom = max(len(first) + len(second) - 2, 1)
-    squares = ((first - first.mean(axis=0)) ** 2).sum(axis=0) + ((second - second.mean(axis=0)) ** 2).sum(
-        axis=0
-    )
+    squares = ((first - first.mean(axis=0)) ** 2).sum(axis=0) + ((second - second.mean(axis=0)) ** 2).sum(axis=0)
     pooled = np.sqrt(squares / freedom)
     with np.errstate(divide="ignore", invalid="ignore"):
         d = np.where(difference == 0, 0.0, difference / pooled)

@@ -25,9 +25,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 def dictionary(features: int, d: int) -> Tensor:
     """[features, d] unit rows."""
-    return torch.nn.functional.normalize(
-        torch.randn(features, d, generator=torch.Generator().manual_seed(SEED)), dim=1
-    )
+    return torch.nn.functional.normalize(torch.randn(features, d, generator=torch.Generator().manual_seed(SEED)), dim=1)
 
 
 def planted(rows: int, truth: Tensor, *, p: float = 0.03, seed: int = SEED + 1) -> Tensor:
@@ -56,17 +54,13 @@ def write_shards(folder: Path, acts: Tensor, window: Tensor, token: Tensor, *, s
     writer.finish()
 
 
-def rows_of(
-    folder: Path, acts: Tensor, *, held_out: float = 0.05, shard: int = 20_000, **more
-) -> ActivationRows:
+def rows_of(folder: Path, acts: Tensor, *, held_out: float = 0.05, shard: int = 20_000, **more) -> ActivationRows:
     """Rows of ordinary tokens, 16 a window, the last share of the windows held out."""
     n = acts.shape[0]
     window = torch.arange(n) // 16
     write_shards(folder, acts, window, torch.ones(n), size=shard)
     count = int(window.max()) + 1
-    return ActivationRows(
-        ShardReader(folder), [BOS], torch.arange(count) >= round(count * (1 - held_out)), **more
-    )
+    return ActivationRows(ShardReader(folder), [BOS], torch.arange(count) >= round(count * (1 - held_out)), **more)
 
 
 def project(
@@ -74,9 +68,7 @@ def project(
 ) -> None:
     """Sealed tokens and activations under root/data: a document a split, BOS first in each window."""
     body = window - 1
-    documents = [
-        {"source_id": f"work-{i}", "unit": f"author-{i}", "split": split} for i, split in enumerate(splits)
-    ]
+    documents = [{"source_id": f"work-{i}", "unit": f"author-{i}", "split": split} for i, split in enumerate(splits)]
     tokenizer = {
         "name": "toy",
         "path_or_id": "toy",
@@ -93,9 +85,7 @@ def project(
 
             return [(2 + np.arange(length) % 48, 1 + np.arange(length)) for _ in texts]
 
-        windows.build(
-            w.path, documents, ["x" * length for _ in splits], encode, window=window, tokenizer=tokenizer
-        )
+        windows.build(w.path, documents, ["x" * length for _ in splits], encode, window=window, tokenizer=tokenizer)
         tokens = w.seal({})
     store = windows.TokenStore(tokens.path)
     real = torch.arange(window) < store.length[:, None]
@@ -104,9 +94,7 @@ def project(
     rows = torch.zeros(token.numel(), acts.shape[1])
     rows[position > 0] = acts[: int((position > 0).sum())]
     rows[position == 0] = 1000.0  # BOS: an attention sink that must never be seen
-    with work(
-        root / "data" / "activations" / "toy" / HOOK, Identity("harvest", {"rows": rows.shape[0]})
-    ) as w:
+    with work(root / "data" / "activations" / "toy" / HOOK, Identity("harvest", {"rows": rows.shape[0]})) as w:
         write_shards(w.path, rows, where, token, size=64 * window)
         meta = {
             "model": "toy",

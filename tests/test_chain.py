@@ -18,10 +18,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MIRROR = ROOT.parent / "shared" / "mirror"
 Greatctl = Callable[..., "object"]
+QUICK = {"GREATCTL_TRAIN_CE_WINDOWS": "2"}  # the language model's loss is measured elsewhere
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **QUICK}
 
 
 def _copy(demo: Path, target: Path) -> Path:
@@ -57,7 +58,7 @@ def test_the_demo_ends_with_a_report_and_three_hedged_findings(demo: Path) -> No
     assert len(summary["findings"]) == 3
     assert "subject" in " ".join(summary["findings"])
     html = Path(summary["report"]).read_text()
-    assert "http-equiv=\"Content-Security-Policy\"" in html and "Latent" in html
+    assert 'http-equiv="Content-Security-Policy"' in html and "Latent" in html
 
 
 def test_everything_is_up_to_date_after_the_demo_and_verifies(greatctl: Greatctl, demo: Path) -> None:
@@ -143,17 +144,17 @@ def test_one_flipped_bit_is_named_refused_and_mended(greatctl: Greatctl, demo: P
 
 
 def test_kill_in_the_middle_of_train_ends_with_the_same_bytes(greatctl: Greatctl, demo: Path, tmp_path: Path) -> None:
-    words = ["train", "--steps", "40", "--d-sae", "256", "--checkpoint-every", "5", "--batch-size", "256"]
+    words = ["train", "--steps", "30", "--d-sae", "256", "--checkpoint-every", "5", "--batch-size", "256"]
     words += ["--name", "calm"]
     calm, killed = _copy(demo, tmp_path / "calm"), _copy(demo, tmp_path / "killed")
-    assert greatctl("-C", calm, *words, cwd=calm).code == 0
+    assert greatctl("-C", calm, *words, cwd=calm, env=QUICK).code == 0
     process = _spawn(killed, *words)
     checkpoints = killed / "results" / "saes" / ".calm.partial" / "checkpoints"
     _wait_for(lambda: checkpoints.is_dir() and len(list(checkpoints.iterdir())) > 1, process)
     process.kill()
     process.communicate()
     assert not (killed / "results" / "saes" / "calm").exists()
-    assert greatctl("-C", killed, *words, cwd=killed).code == 0
+    assert greatctl("-C", killed, *words, cwd=killed, env=QUICK).code == 0
     assert _bytes(calm / "results" / "saes" / "calm") == _bytes(killed / "results" / "saes" / "calm")
 
 
@@ -179,7 +180,7 @@ def test_two_processes_on_one_artifact_are_told_apart(greatctl: Greatctl, demo: 
     words = ["train", "--steps", "4000", "--d-sae", "256", "--batch-size", "256", "--name", "mine"]
     first = _spawn(project, *words)
     _wait_for((project / "results" / "saes" / ".mine.holder").exists, first)
-    second = greatctl("-C", project, *words, "--json", cwd=project)
+    second = greatctl("-C", project, *words, "--json", cwd=project, env=QUICK)
     assert second.code == 10 and str(first.pid) in second.error["why"]
     first.kill()
     first.communicate()
@@ -212,13 +213,21 @@ def mirror() -> Iterator[str]:
 
 
 def test_real_books_to_a_report(greatctl: Greatctl, mirror: str, tmp_path: Path) -> None:
-    """The chain on four real books, cut short so that it stays a test: a small autoencoder, two pairs."""
+    """The chain on two real books, cut short so that it stays a test: a small autoencoder, one pair."""
     assert greatctl("init", cwd=tmp_path).code == 0
-    controls = ["--control", "wood-common-objects", "--control", "stillwell-common-soldier"]
-    people = ["--source", "darwin-autobiography", "--source", "grant-letters-family"]
+    controls = ["--control", "wood-common-objects"]
+    people = ["--source", "darwin-autobiography"]
     out = greatctl("fetch", *people, *controls, "--mirror", mirror, "--json", cwd=tmp_path)
     assert out.code == 0, out.out + out.err
-    pair = ["--clean", "The brave man was a", "--corrupted", "The idle man was a", "--answer", " great", "--wrong-answer"]
+    pair = [
+        "--clean",
+        "The brave man was a",
+        "--corrupted",
+        "The idle man was a",
+        "--answer",
+        " great",
+        "--wrong-answer",
+    ]
     stages = [
         ["tokenize", "--model", "bundled"],
         ["harvest", "--batch-size", "32"],
@@ -230,4 +239,4 @@ def test_real_books_to_a_report(greatctl: Greatctl, mirror: str, tmp_path: Path)
     for stage in stages:
         out = greatctl(*stage, "--json", cwd=tmp_path, timeout=600)
         assert out.code == 0, (stage, out.out, out.err)
-    assert "Grant" in Path(out.document["summary"]["path"]).read_text()
+    assert "Darwin" in Path(out.document["summary"]["path"]).read_text()

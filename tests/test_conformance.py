@@ -62,9 +62,7 @@ def install(package: Path, site: Path) -> None:
     (package / "greatctl_example").rename(site / "greatctl_example")
 
 
-def test_the_readme_package_can_be_built_installed_and_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readme_package_can_be_built_installed_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, site = write_readme_package(tmp_path), tmp_path / "site"
     site.mkdir()
     install(package, site)
@@ -155,9 +153,7 @@ def test_wikisource_conforms() -> None:
 
 
 def test_wikisource_reads_the_paragraphs_and_hands_back_what_it_cut() -> None:
-    document = wikisource()().read(
-        sample_entry("wikisource", WIKI_URL), {"original.html": WIKI_PAGE.encode()}
-    )
+    document = wikisource()().read(sample_entry("wikisource", WIKI_URL), {"original.html": WIKI_PAGE.encode()})
     wanted = [
         "Four score and seven years ago our fathers brought forth.",
         "A head",

@@ -18,9 +18,7 @@ from greatctl.errors import InputError, IntegrityError, ManifestError
 from greatctl.extend.testing import check_source, sample_entry
 
 MIRROR = Path(__file__).resolve().parents[2] / "shared" / "mirror"
-needs_mirror = pytest.mark.skipif(
-    not MIRROR.is_dir(), reason="the folder of real texts (../shared/mirror) is not here"
-)
+needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason="the folder of real texts (../shared/mirror) is not here")
 
 PROSE = (
     "It was a bright cold day when the postman came down the lane with a letter\r\n"
@@ -95,9 +93,7 @@ def test_header_with_a_wrapped_marker_credits_and_footer_are_cut_and_kept_for_th
     assert document.text.startswith("CHAPTER I\n\nIt was a bright")
     assert "Gutenberg" not in document.text and "Licence" not in document.text
     cut = {piece.rule: piece.text for piece in document.removed}
-    assert (
-        "WITH A LONG TITLE" in cut["header"] and "Licence" in cut["footer"] and "Volunteer" in cut["producer"]
-    )
+    assert "WITH A LONG TITLE" in cut["header"] and "Licence" in cut["footer"] and "Volunteer" in cut["producer"]
 
 
 def test_the_last_end_counts_in_a_joined_file() -> None:
@@ -115,9 +111,7 @@ def test_small_print_of_the_nineties_ends_the_header_only_when_it_stands_at_the_
         + "\nEnd of The Project Gutenberg Etext of A Shop\n"
     )
     assert read(old).startswith("It was a bright") and "legal" not in read(old)
-    at_the_end = (
-        BOOK + "\n*** START: THE SMALL PRINT!\nlegal\n*END THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*\n"
-    )
+    at_the_end = BOOK + "\n*** START: THE SMALL PRINT!\nlegal\n*END THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*\n"
     assert read(at_the_end).count("It was a bright") == 2
 
 
@@ -214,9 +208,7 @@ def test_illustrations_with_nested_brackets_and_rules_are_cut_and_footnotes_keep
     )
     kept, cut = cleaned(text)
     assert kept == "One.\n\nTwo.\n\nHe meant the old shop [of 1790].\n\nEnd.\n"
-    assert cut["illustration"] == "[Illustration: A plan [see p. 3]\nof the shop.]" and cut[
-        "rule"
-    ].startswith("*")
+    assert cut["illustration"] == "[Illustration: A plan [see p. 3]\nof the shop.]" and cut["rule"].startswith("*")
 
 
 def test_an_illustration_that_never_closes_costs_its_line_only() -> None:
@@ -226,10 +218,7 @@ def test_an_illustration_that_never_closes_costs_its_line_only() -> None:
 
 def test_transcribers_notes_are_cut_at_both_ends() -> None:
     body = "\n\n".join(f"Paragraph {i} of the book stands here." for i in range(60))
-    text = (
-        f"Transcriber's Note: spelling is kept.\n\n{body}\n\n"
-        + "TRANSCRIBER'S NOTES:\n\nPage 3: teh became the.\n"
-    )
+    text = f"Transcriber's Note: spelling is kept.\n\n{body}\n\n" + "TRANSCRIBER'S NOTES:\n\nPage 3: teh became the.\n"
     kept, cut = cleaned(text)
     assert kept.startswith("Paragraph 0") and kept.endswith("Paragraph 59 of the book stands here.\n")
     assert "teh" in cut["transcriber"]
@@ -307,8 +296,6 @@ def test_every_gutenberg_work_of_the_manifest_keeps_its_authors_words_within_a_f
 def test_the_files_that_project_gutenberg_serves_today_are_read_as_well(folder: str) -> None:
     number = int(folder.split("/")[1])
     source = next(e for e in manifest.load(manifest.packaged_path()).entries if e.pg == number)
-    today = Gutenberg().read(
-        source, {"original.txt": (MIRROR / f"gutenberg/{folder}/pg{number}.txt").read_bytes()}
-    )
+    today = Gutenberg().read(source, {"original.txt": (MIRROR / f"gutenberg/{folder}/pg{number}.txt").read_bytes()})
     then = Gutenberg().read(source, book(source))
     assert abs(len(today.text) - len(then.text)) < 0.01 * len(then.text)

@@ -33,8 +33,7 @@ def documents() -> tuple[dict, ...]:
     """The real table of documents: everything that can be fetched without hands, one row a window."""
     entries = [e for e in manifest.load(manifest.packaged_path()).entries if e.kind == "gutenberg"]
     rows = [
-        {name: getattr(e, name) for name in ("author", "role", "era", "genre", "topic", "split")}
-        | {"work": e.id}
+        {name: getattr(e, name) for name in ("author", "role", "era", "genre", "topic", "split")} | {"work": e.id}
         for e in entries
     ]
     return tuple(row for row in rows for _ in range(WINDOWS))
@@ -185,9 +184,7 @@ def test_too_few_authors_are_called_underpowered_with_numbers() -> None:
     keep = [i for i, row in enumerate(documents()) if row["author"] in chosen]
     found = judge(planted()[keep], [documents()[i] for i in keep])
     assert {row["verdict"] for row in found} == {"underpowered"}
-    assert (
-        "2 authors of characters against 2 of controls" in found[0]["reason"] and "0.33" in found[0]["reason"]
-    )
+    assert "2 authors of characters against 2 of controls" in found[0]["reason"] and "0.33" in found[0]["reason"]
     alone = [i for i, row in enumerate(documents()) if row["author"] == "Charles Darwin"]
     assert set(verdicts(planted()[alone], [documents()[i] for i in alone])) == {"underpowered"}
 
@@ -195,9 +192,7 @@ def test_too_few_authors_are_called_underpowered_with_numbers() -> None:
 def test_an_author_under_both_roles_cannot_separate_them() -> None:
     rows = [{**row, "author": "one hand"} for row in documents()]
     found = judge(planted(), rows)
-    assert {row["verdict"] for row in found} == {"underpowered"} and "1 under both roles" in found[0][
-        "reason"
-    ]
+    assert {row["verdict"] for row in found} == {"underpowered"} and "1 under both roles" in found[0]["reason"]
 
 
 def test_missing_factors_are_said_to_be_missing() -> None:
@@ -283,9 +278,7 @@ def test_tables_equal_a_naive_computation(monkeypatch: pytest.MonkeyPatch) -> No
     assert np.allclose(found.document_means[0], latents[owner == 0].double().mean(0))
     assert not found.document_means[2].any()
     for latent in range(12):
-        best = sorted(
-            ((float(latents[window == w, latent].max()), -int(w)) for w in window.unique()), reverse=True
-        )[:3]
+        best = sorted(((float(latents[window == w, latent].max()), -int(w)) for w in window.unique()), reverse=True)[:3]
         best = [(a, -w) for a, w in best if a > 0]
         got = [w for w in found.top_window[latent].tolist() if w >= 0]
         assert got == [w for _, w in best]
@@ -345,9 +338,7 @@ def test_an_empty_corpus_gives_empty_tables() -> None:
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level and so small that most characters beyond ASCII are several tokens."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        ["the ship rose and the ship fell"] * 9, 270, special_tokens=["<s>"], show_progress=False
-    )
+    bpe.train_from_iterator(["the ship rose and the ship fell"] * 9, 270, special_tokens=["<s>"], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>")
 
 

@@ -61,9 +61,7 @@ class Mirror:
         self.url = url
 
     def _post(self, path: str, body: str = "") -> None:
-        urllib.request.urlopen(
-            urllib.request.Request(self.url + path, data=body.encode(), method="POST")
-        ).close()
+        urllib.request.urlopen(urllib.request.Request(self.url + path, data=body.encode(), method="POST")).close()
 
     def reset(self) -> None:
         self._post("/__reset")
@@ -133,9 +131,7 @@ class Bench:
         offline: bool = False,
         **settings: Any,
     ) -> Result:
-        return fetch.run(
-            self.context(origins=origins or {}, force=force, offline=offline), fetch.Config(**settings)
-        )
+        return fetch.run(self.context(origins=origins or {}, force=force, offline=offline), fetch.Config(**settings))
 
     def folder(self, source: str) -> Path:
         return self.root / "data" / "raw" / source
@@ -165,9 +161,7 @@ def row(result: Result, source: str) -> dict[str, Any]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [
-        p.name for p in folder.rglob("*") if re.search(r"\.part|\.partial|\.tmp|\.downloads|\.old", p.name)
-    ]
+    return [p.name for p in folder.rglob("*") if re.search(r"\.part|\.partial|\.tmp|\.downloads|\.old", p.name)]
 
 
 def test_a_source_is_fetched_into_a_sealed_folder_with_its_history(bench: Bench, mirror: Mirror) -> None:
@@ -192,9 +186,7 @@ def test_a_source_is_fetched_into_a_sealed_folder_with_its_history(bench: Bench,
         "https://www.gutenberg.org" + PATH[SMALL],
         "https://gutenberg.pglaf.org" + PATH[SMALL],
     ]
-    assert (
-        metadata["rights"] == "public-domain-us" and metadata["text"]["bytes"] == result.summary["text_bytes"]
-    )
+    assert metadata["rights"] == "public-domain-us" and metadata["text"]["bytes"] == result.summary["text_bytes"]
     for name in ("metadata.json", "artifact.json"):
         assert not re.search(r"127\.0\.0\.1|20\d\d-\d\d-\d\dT", (folder / name).read_text("utf-8"))
     assert json.loads((folder / "run.json").read_text("utf-8"))["noted"]["mirror"] == mirror.url
@@ -231,9 +223,7 @@ def test_a_cut_download_resumes_within_the_run(bench: Bench, mirror: Mirror) -> 
     ("fault", "requests", "slept"),
     [("429:7@2", 3, [7.0, 7.0]), ("503@1", 2, [1.0]), ("badlength:+100@1", 2, [1.0]), ("norange@1", 1, [])],
 )
-def test_passing_faults_end_well(
-    bench: Bench, mirror: Mirror, fault: str, requests: int, slept: list[float]
-) -> None:
+def test_passing_faults_end_well(bench: Bench, mirror: Mirror, fault: str, requests: int, slept: list[float]) -> None:
     mirror.fault(f"{PATH[SMALL]}={fault}")
     assert bench.run(source=[SMALL], mirror=mirror.url).exit_code == 0
     assert len(mirror.log()) >= requests
@@ -265,9 +255,7 @@ def test_lasting_faults_fail_their_source_alone_and_leave_nothing_half_written(
     assert leftovers(bench.root) == []
 
 
-def test_a_redirect_to_a_metadata_service_or_another_local_port_is_refused(
-    bench: Bench, mirror: Mirror
-) -> None:
+def test_a_redirect_to_a_metadata_service_or_another_local_port_is_refused(bench: Bench, mirror: Mirror) -> None:
     for target in ("http://169.254.169.254/latest", "http://127.0.0.1:1/x", "https://www.gutenberg.org/x"):
         mirror.fault(f"{PATH[SMALL]}=redirect:{target}")
         with pytest.raises(NetworkError) as e:
@@ -322,9 +310,7 @@ def test_killed_in_the_middle_the_rerun_ends_with_the_bytes_of_an_undisturbed_ru
     process = subprocess.Popen([sys.executable, "-c", program, str(bench.root), mirror.url], cwd=ROOT)
     part = bench.root / "data/raw/.downloads" / SMALL / "original.txt.part"
     deadline = time.monotonic() + 20
-    while (
-        not (part.exists() and part.stat().st_size) and process.poll() is None and time.monotonic() < deadline
-    ):
+    while not (part.exists() and part.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -371,9 +357,7 @@ def test_a_changed_file_with_no_old_one_on_disk_counts_as_missing(bench: Bench, 
     assert not bench.folder(SMALL).exists()
 
 
-def test_a_changed_span_cleans_the_file_on_disk_again_without_a_connection(
-    bench: Bench, mirror: Mirror
-) -> None:
+def test_a_changed_span_cleans_the_file_on_disk_again_without_a_connection(bench: Bench, mirror: Mirror) -> None:
     bench.run(source=[SMALL], mirror=mirror.url)
     old = (bench.folder(SMALL) / "text.txt").read_text("utf-8")
     mirror.reset()
@@ -494,9 +478,7 @@ def test_a_plugin_that_breaks_its_contract_is_named_and_nothing_is_written(
     bench: Bench, mirror: Mirror, state: dict[str, Any], why: str
 ) -> None:
     source = type("Source", (Broken,), state)
-    bench.plugins = SimpleNamespace(
-        registry=SimpleNamespace(get=lambda k, n: source, digest=lambda k, n: "d1")
-    )
+    bench.plugins = SimpleNamespace(registry=SimpleNamespace(get=lambda k, n: source, digest=lambda k, n: "d1"))
     with pytest.raises(PluginError) as e:
         bench.run(source=[SMALL], mirror=mirror.url)
     assert why in e.value.why and not bench.folder(SMALL).exists()
@@ -546,9 +528,7 @@ def test_the_plan_lists_addresses_and_bytes_and_touches_nothing(bench: Bench, mi
 
 
 @pytest.mark.slow
-def test_the_whole_manifest_ends_with_54_books_11_manual_rows_and_exit_11(
-    bench: Bench, mirror: Mirror
-) -> None:
+def test_the_whole_manifest_ends_with_54_books_11_manual_rows_and_exit_11(bench: Bench, mirror: Mirror) -> None:
     result = bench.run(mirror=mirror.url)
     rows: Any = result.summary["sources"]
     states = {r["id"]: r["status"] for r in rows}

@@ -234,16 +234,12 @@ def test_a_damaged_shard_is_refused_and_redone_alone(
     assert outputs(project) == undisturbed
 
 
-def test_too_small_a_disk_is_refused_beforehand(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_small_a_disk_is_refused_beforehand(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tokenized(tmp_path, folder)
     planned = harvest.plan(context(project), config()).facts["bytes"]
     assert planned == int(TokenStore(project.tokens / "tiny-16").length.sum()) * (32 * 4 + 12)
     monkeypatch.setattr(harvest, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(
-        harvest, "open_model", lambda *a, **k: pytest.fail("the model was loaded all the same")
-    )
+    monkeypatch.setattr(harvest, "open_model", lambda *a, **k: pytest.fail("the model was loaded all the same"))
     with pytest.raises(ResourceError) as caught:
         harvest.run(context(project), config())
     assert "1,000 bytes free" in caught.value.why
@@ -300,9 +296,7 @@ def test_bad_places_are_refused_before_weights_are_read(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = tokenized(tmp_path, folder)
-    monkeypatch.setattr(
-        harvest, "open_model", lambda *a, **k: pytest.fail("the model was loaded all the same")
-    )
+    monkeypatch.setattr(harvest, "open_model", lambda *a, **k: pytest.fail("the model was loaded all the same"))
     ctx = context(project)
     for wrong in (config(layer=3), config(hook_point=["blocks.7.hook_resid_pre"]), config(layer=-1)):
         with pytest.raises(ManifestError, match="out of range"):

@@ -98,9 +98,7 @@ def test_a_plain_download_brings_the_bytes_and_says_who_asks(tmp_path: Path) -> 
     assert got.sha256 == hashlib.sha256(BODY).hexdigest()
     assert got.chain == (URL,)
     headers = server.requests[0].headers
-    assert (
-        headers["User-Agent"].startswith("greatctl/") and "(+mailto:me@example.org)" in headers["User-Agent"]
-    )
+    assert headers["User-Agent"].startswith("greatctl/") and "(+mailto:me@example.org)" in headers["User-Agent"]
     assert headers["Accept-Encoding"] == "identity"
 
 
@@ -266,9 +264,7 @@ def test_the_eleventh_redirect_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "::ffff:192.168.0.1", "fe80::1%eth0"]
 )
-def test_a_name_that_resolves_to_a_private_address_is_never_connected_to(
-    tmp_path: Path, address: str
-) -> None:
+def test_a_name_that_resolves_to_a_private_address_is_never_connected_to(tmp_path: Path, address: str) -> None:
     server = Server(whole())
     with client(server, resolve=lambda host, port: [address]) as http, pytest.raises(NetworkError) as e:
         http.download(URL, tmp_path / "a.part", HOSTS)
@@ -303,9 +299,7 @@ def test_a_mirror_may_not_send_elsewhere_on_this_machine(tmp_path: Path) -> None
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "base", ["ftp://x.org", "127.0.0.1:80", "http://", "http://a:b@x.org", "http://x.org:99999"]
-)
+@pytest.mark.parametrize("base", ["ftp://x.org", "127.0.0.1:80", "http://", "http://a:b@x.org", "http://x.org:99999"])
 def test_a_mirror_that_is_no_address_is_a_usage_error(base: str) -> None:
     with pytest.raises(UsageError, match="mirror"):
         Client(mirror=base)

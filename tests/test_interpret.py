@@ -160,9 +160,7 @@ def test_a_second_run_is_up_to_date_and_a_forced_one_gives_the_same_bytes(world:
     again = interpret.run(replace(world, force=True), Config())
     assert not again.up_to_date
     assert {p.name: p.read_bytes() for p in again.artifact.glob("*.parquet")} == before
-    assert set(before) == {
-        f"{n}.parquet" for n in ("latents", "examples", "units", "contrasts", "hypotheses")
-    }
+    assert set(before) == {f"{n}.parquet" for n in ("latents", "examples", "units", "contrasts", "hypotheses")}
 
 
 def test_every_table_says_what_it_should(tables) -> None:
@@ -172,9 +170,7 @@ def test_every_table_says_what_it_should(tables) -> None:
     assert all(sum(row["histogram"]) == row["fired"] for row in latents)
     assert all(len(row["top_logit_tokens"]) == 10 == len(row["bottom_logits"]) for row in latents)
     one = examples[0]
-    assert (
-        one["rank"] == 0 and one["work"].split()[0] == one["unit"] and one["role"] in ("character", "control")
-    )
+    assert one["rank"] == 0 and one["work"].split()[0] == one["unit"] and one["role"] in ("character", "control")
     assert all(len(row["pieces"]) == len(row["heat"]) for row in examples)
     assert all(max(row["heat"]) == pytest.approx(row["activation"]) for row in examples)
     assert all(row["before"] + row["token"] + row["after"] in "".join(row["pieces"]) for row in examples)
@@ -245,9 +241,7 @@ def test_words_that_make_no_sense_are_refused(world: Context) -> None:
 
 def test_without_anything_made_the_next_command_is_named(tmp_path: Path) -> None:
     (tmp_path / "sources.toml").write_text('[model]\nname = "bundled"\n')
-    project = Project(
-        tmp_path, manifest.load(tmp_path / "sources.toml"), tmp_path / "data", tmp_path / "results"
-    )
+    project = Project(tmp_path, manifest.load(tmp_path / "sources.toml"), tmp_path / "data", tmp_path / "results")
     with pytest.raises(InputError) as caught:
         interpret.plan(context(project), Config())
     assert "greatctl train" in caught.value.fix
@@ -259,9 +253,7 @@ def test_without_anything_made_the_next_command_is_named(tmp_path: Path) -> None
 
 def test_a_flipped_bit_in_the_sae_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "sources.toml").write_text('[model]\nname = "bundled"\n')
-    project = Project(
-        tmp_path, manifest.load(tmp_path / "sources.toml"), tmp_path / "data", tmp_path / "results"
-    )
+    project = Project(tmp_path, manifest.load(tmp_path / "sources.toml"), tmp_path / "data", tmp_path / "results")
     weights = _sae(project, "bad", "bundled", "gone") / "sae_weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

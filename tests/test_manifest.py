@@ -225,16 +225,12 @@ def test_unknown_references_name_the_nearest(load: Load) -> None:
     assert place(error) == (23, 1) and "'origin'" in error.fix
 
 
-@pytest.mark.parametrize(
-    "text", ["[source]\nid = 1\n", "source = 3\n", "source = [1]\n", "[[train]]\nk = 1\n"]
-)
+@pytest.mark.parametrize("text", ["[source]\nid = 1\n", "source = 3\n", "source = [1]\n", "[[train]]\nk = 1\n"])
 def test_tables_of_the_wrong_shape_are_refused(load: Load, text: str) -> None:
     assert place(refused(load, text=text))[0] == 1
 
 
-@pytest.mark.parametrize(
-    "text", [b"# caf\xe9\n", GOOD.encode("utf-16"), b"a = \x00\n", b"x = " + b"[" * 100_000]
-)
+@pytest.mark.parametrize("text", [b"# caf\xe9\n", GOOD.encode("utf-16"), b"a = \x00\n", b"x = " + b"[" * 100_000])
 def test_bytes_that_are_no_utf8_toml_are_refused(load: Load, text: bytes) -> None:
     assert "sources.toml" in str(refused(load, text=text).where)
 
@@ -377,7 +373,5 @@ def test_the_shipped_facts_agree_with_the_sheet_and_its_sentences_do_not() -> No
                     continue  # a sentence there; ours is a word
                 assert mine.get(key) == row.get(key), (row["id"], key)
             assert mine.get("first_published", "") == row.get("first_published", "")
-    rows = [
-        [row for table in ("seed", "source", "control") for row in data[table]] for data in (ours, theirs)
-    ]
+    rows = [[row for table in ("seed", "source", "control") for row in data[table]] for data in (ours, theirs)]
     assert not _phrases(rows[0]) & _phrases(rows[1])

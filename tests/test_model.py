@@ -298,9 +298,7 @@ except GreatctlError as error:
 def test_the_hubs_refusals_end_with_the_steps_to_take(
     status: int, headers: dict[str, str], kind: str, httpserver: HTTPServer, tmp_path: Path
 ) -> None:
-    httpserver.expect_request("/api/models/acme/locked/revision/main").respond_with_data(
-        "no", status, headers
-    )
+    httpserver.expect_request("/api/models/acme/locked/revision/main").respond_with_data("no", status, headers)
     for handler in ("/acme/locked/resolve/main/config.json", "/api/models/acme/locked"):
         httpserver.expect_request(handler).respond_with_data("no", status, headers)
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -310,9 +308,7 @@ def test_the_hubs_refusals_end_with_the_steps_to_take(
         "HF_TOKEN": "hf_secret123",
     }
     env |= {"PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], env=env, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", ASK], env=env, capture_output=True, text=True, timeout=60, check=False)
     words = done.stdout.strip().split("|")
     assert words[0] == kind, done.stdout + done.stderr
     assert "hf_secret123" not in done.stdout + done.stderr
@@ -338,9 +334,7 @@ def test_a_hub_id_in_the_cache_is_read_offline_and_pinned_to_its_commit(tmp_path
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", CACHED], env=env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", CACHED], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.split(maxsplit=1) == [commit, "(1, 3, 320)\n"], done.stderr
     assert done.stderr == ""
 

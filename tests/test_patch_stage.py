@@ -273,9 +273,7 @@ def test_a_kill_in_the_middle_costs_one_unit_and_changes_no_byte(tmp_path, folde
     assert resumed.artifact and plain.artifact and not (resumed.artifact / "units").exists()
     for name in TABLES:
         assert (resumed.artifact / name).read_bytes() == (plain.artifact / name).read_bytes()
-    assert (resumed.artifact / "artifact.json").read_bytes() == (
-        plain.artifact / "artifact.json"
-    ).read_bytes()
+    assert (resumed.artifact / "artifact.json").read_bytes() == (plain.artifact / "artifact.json").read_bytes()
 
 
 def test_a_stop_request_is_honoured_after_the_unit_in_hand(tmp_path, folder):
@@ -305,8 +303,7 @@ def planted(n: int, effects: np.ndarray, gaps: np.ndarray) -> pa.Table:
     zero = np.zeros(n)
     layers = range(effects.shape[1])
     parts = [
-        effect_table(ids, tokens, "resid_pre", at, "denoising", {"m": (gaps, zero, effects[:, at])})
-        for at in layers
+        effect_table(ids, tokens, "resid_pre", at, "denoising", {"m": (gaps, zero, effects[:, at])}) for at in layers
     ]
     return pa.concat_tables(parts)
 

@@ -192,12 +192,8 @@ def test_denoising_moves_towards_the_clean_run_and_noising_away_from_it(model, p
     clean = measure("kl", KL(), group.logits[CLEAN], group.answers)
     corrupted = measure("kl", KL(), group.logits[CORRUPTED], group.answers)
     assert torch.allclose(clean, torch.zeros(3, dtype=torch.float64), atol=1e-6) and (corrupted > 1e-3).all()
-    assert torch.allclose(
-        sweep_layer(model, group, 0, "denoising", {"kl": KL()})["kl"][:, 4], clean, atol=1e-6
-    )
-    assert torch.allclose(
-        sweep_layer(model, group, 0, "noising", {"kl": KL()})["kl"][:, 4], corrupted, atol=1e-6
-    )
+    assert torch.allclose(sweep_layer(model, group, 0, "denoising", {"kl": KL()})["kl"][:, 4], clean, atol=1e-6)
+    assert torch.allclose(sweep_layer(model, group, 0, "noising", {"kl": KL()})["kl"][:, 4], corrupted, atol=1e-6)
 
 
 def swap(pair: EncodedPair, at: int) -> tuple[int, ...]:

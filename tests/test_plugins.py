@@ -78,9 +78,7 @@ def test_built_ins_are_listed_without_importing_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)
-    assert {kind: set(names) >= BUILT_IN[kind] for kind, names in listed.items()} == dict.fromkeys(
-        BUILT_IN, True
-    )
+    assert {kind: set(names) >= BUILT_IN[kind] for kind, names in listed.items()} == dict.fromkeys(BUILT_IN, True)
 
 
 def test_shipped_plugins_load_without_torch() -> None:
@@ -208,9 +206,7 @@ def test_a_bad_plugin_is_named_undone_and_harmless(project: Path, fault: str) ->
     assert bad.error is not None and cause in bad.error and "\n" not in bad.error
     assert bad.items == ()
     assert plugins.registry.get("metrics", "good")
-    assert plugins.registry.names("metrics") == sorted(
-        {"good", *load_plugins(folder=None).registry.names("metrics")}
-    )
+    assert plugins.registry.names("metrics") == sorted({"good", *load_plugins(folder=None).registry.names("metrics")})
     assert plugins.registry.item("metrics", "logit-diff").plugin == "greatctl"
     assert not [name for name in set(sys.modules) - modules if "bad" in name]
     plugins.observe(Event("notice", "train"))  # no hook of the bad plugin is left behind
@@ -260,9 +256,7 @@ def test_ctrl_c_during_an_import_is_not_a_fault_of_the_plugin(project: Path) -> 
 
 def test_a_lazy_target_that_fails_is_exit_8_naming_plugin_and_cause(project: Path) -> None:
     target = HOOK + "def register_metrics(register):\n"
-    plugin(
-        project, "lazy", target + "    register('a', 'nowhere_at_all:A')\n    register('b', 'json:dumps')\n"
-    )
+    plugin(project, "lazy", target + "    register('a', 'nowhere_at_all:A')\n    register('b', 'json:dumps')\n")
     plugin(project, "wrong", target + "    register('c', 'fractions:Fraction')\n")
     registry = load_plugins(folder=project).registry
     for name, words in {"a": "nowhere_at_all", "b": "not a class", "c": "unit"}.items():
@@ -349,9 +343,7 @@ def test_an_observer_that_raises_is_muted_with_one_notice(project: Path) -> None
     for _ in range(100):
         plugins.observe(Event("metric", "train", data={"seen": seen}))
     assert len(seen) == 100
-    assert (
-        len(notices) == 1 and "broken" in notices[0] and "tracker" in notices[0] and "\x1b" not in notices[0]
-    )
+    assert len(notices) == 1 and "broken" in notices[0] and "tracker" in notices[0] and "\x1b" not in notices[0]
     assert line(plugins, "hears").hooks == ("observe",)
 
 

@@ -148,9 +148,7 @@ def test_pairs_have_prompts_of_equal_length_and_answers_of_one_token(name: str, 
     assert sum(pair["heldout"] for pair in pairs) == 8
     assert len({pair["id"] for pair in pairs}) == len(pairs)
     for pair in pairs:
-        assert len(tokenizer(pair["clean"])["input_ids"]) == len(tokenizer(pair["corrupted"])["input_ids"]), (
-            pair
-        )
+        assert len(tokenizer(pair["clean"])["input_ids"]) == len(tokenizer(pair["corrupted"])["input_ids"]), pair
         for key in ("answer", "wrong_answer"):
             assert len(tokenizer(pair[key], add_special_tokens=False)["input_ids"]) == 1, pair
             assert pair[key].startswith(" ")
@@ -158,9 +156,7 @@ def test_pairs_have_prompts_of_equal_length_and_answers_of_one_token(name: str, 
 
 
 @pytest.mark.parametrize("name", PAIR_SETS)
-def test_model_tells_at_least_three_quarters_of_the_pairs_apart(
-    name: str, model: Any, tokenizer: Any
-) -> None:
+def test_model_tells_at_least_three_quarters_of_the_pairs_apart(name: str, model: Any, tokenizer: Any) -> None:
     from greatctl.reference.score import pair_differences
 
     differences = pair_differences(model, tokenizer, load_pairs(name))
@@ -247,9 +243,7 @@ def test_build_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     # A second build is killed for real once its first checkpoint is on disk, then gone on with.
     out, log = tmp_path / "killed", tmp_path / "killed.work" / "log.jsonl"
     command = [sys.executable, "-m", "greatctl.reference.build", str(source), str(out), *TINY]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for _ in range(6000):
         if process.poll() is not None or (log.exists() and "checkpoint" in log.read_text()):
             break

@@ -83,7 +83,9 @@ def test_the_policy_allows_no_request_and_only_our_scripts() -> None:
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
     assert policy is not None
     assert "default-src &#39;none&#39;" in policy[1]
-    assert "unsafe-eval" not in policy[1] and "script-src &#39;unsafe-inline" not in policy[1] and "http" not in policy[1]
+    assert (
+        "unsafe-eval" not in policy[1] and "script-src &#39;unsafe-inline" not in policy[1] and "http" not in policy[1]
+    )
     assert policy[1].count("sha256-") == 2
 
 

@@ -66,9 +66,7 @@ def settings(**changes) -> Settings:
     return Settings(**{**values, **changes})
 
 
-def trained(
-    tmp_path: Path, cls: type[Coder], acts: Tensor, *, d_sae: int, options: dict, **changes
-) -> Trainer:
+def trained(tmp_path: Path, cls: type[Coder], acts: Tensor, *, d_sae: int, options: dict, **changes) -> Trainer:
     """A trainer that has run to its end."""
     rows = rows_of(tmp_path / "shards", acts)
     coder = build(cls, cls.Config(d_in=acts.shape[1], d_sae=d_sae, **options), changes.get("seed", 0))
@@ -144,11 +142,7 @@ def naive_losses(coder: Coder, x: Tensor, dead: Tensor, step: int) -> dict[str, 
     n, d = x.shape
     if isinstance(coder, Relu):
         latents = pre.clamp_min(0)
-        norms = (
-            W_dec.square().sum(dim=1).sqrt()
-            if coder.config.decoder_norm_weighted
-            else torch.ones(pre.shape[1])
-        )
+        norms = W_dec.square().sum(dim=1).sqrt() if coder.config.decoder_norm_weighted else torch.ones(pre.shape[1])
         rebuilt = torch.stack([row @ W_dec + b_dec for row in latents])
         l1 = coder.config.l1_coefficient * (latents * norms).sum() / n / math.sqrt(d)
         return {"mse": ((x - rebuilt) ** 2).sum() / n / d, "l1": l1}
@@ -183,9 +177,7 @@ def test_each_loss_term_has_the_gradient_of_its_formula(cls: type[Coder], option
     for name, term in found.items():
         assert term.item() == pytest.approx(expected[name].item(), rel=1e-10)
         ours = torch.autograd.grad(term, list(coder.parameters()), retain_graph=True, allow_unused=True)
-        theirs = torch.autograd.grad(
-            expected[name], list(coder.parameters()), retain_graph=True, allow_unused=True
-        )
+        theirs = torch.autograd.grad(expected[name], list(coder.parameters()), retain_graph=True, allow_unused=True)
         for a, b, (parameter, _) in zip(ours, theirs, coder.named_parameters(), strict=True):
             zero = torch.zeros(())
             assert torch.allclose(zero if a is None else a, zero if b is None else b, atol=1e-10), (
@@ -212,9 +204,7 @@ def test_auxk_is_zero_without_dead_latents_and_counted_where_it_is_not_finite() 
     coder = coder_of(TopK, k=2)
     x = torch.randn(8, 12)
     assert coder.losses(x, dead=torch.zeros(40, dtype=torch.bool), step=0)["auxk"].item() == 0.0
-    one = coder.losses(
-        x[:1], dead=torch.ones(40, dtype=torch.bool), step=0
-    )  # one row has no variance to explain
+    one = coder.losses(x[:1], dead=torch.ones(40, dtype=torch.bool), step=0)  # one row has no variance to explain
     assert one["auxk"].item() == 0.0 and coder.counts["auxk_not_finite"] == 1
     assert auxk(torch.zeros(1, 40), torch.zeros(1, 12), coder.W_dec, torch.ones(40, dtype=torch.bool)) is None
 
@@ -222,9 +212,7 @@ def test_auxk_is_zero_without_dead_latents_and_counted_where_it_is_not_finite() 
 def test_the_gradient_along_unit_rows_is_removed_and_free_rows_keep_theirs() -> None:
     for cls, options, unit in ((TopK, {"k": 4}, True), (Relu, {}, False)):
         coder = coder_of(cls, **options)
-        sum(
-            coder.losses(torch.randn(16, 12), dead=torch.zeros(40, dtype=torch.bool), step=0).values()
-        ).backward()
+        sum(coder.losses(torch.randn(16, 12), dead=torch.zeros(40, dtype=torch.bool), step=0).values()).backward()
         coder.project_gradients()
         along = (coder.W_dec.grad * coder.W_dec.detach()).sum(dim=1).abs().max()
         assert (float(along) < 1e-6) is unit
@@ -266,18 +254,14 @@ def test_special_rows_and_outliers_are_counted_and_never_served(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("budget", [2**30, 300 * 8 * 4 * 2], ids=["one block", "blocks"])
-def test_each_row_comes_once_an_epoch_in_a_new_order_and_any_cursor_resumes(
-    tmp_path: Path, budget: int
-) -> None:
+def test_each_row_comes_once_an_epoch_in_a_new_order_and_any_cursor_resumes(tmp_path: Path, budget: int) -> None:
     acts = torch.arange(2000 * 8, dtype=torch.float32).view(2000, 8) + 1e6
     rows = rows_of(tmp_path, acts, held_out=0.2, shard=300, budget=budget)
     total = rows.steps(5, 128, 2)
     stream = rows.stream(5, 128, Cursor())
     served = [next(stream) for _ in range(total)]
     firsts = [batch[:, 0] for _, batch in served]
-    per_epoch = [
-        torch.cat([f for (c, _), f in zip(served, firsts, strict=True) if c.epoch == e]) for e in (0, 1)
-    ]
+    per_epoch = [torch.cat([f for (c, _), f in zip(served, firsts, strict=True) if c.epoch == e]) for e in (0, 1)]
     for epoch in per_epoch:
         assert torch.equal(epoch.sort().values, acts[:1600, 0])
     assert not torch.equal(per_epoch[0], per_epoch[1])
@@ -308,9 +292,7 @@ def test_nothing_to_train_on_is_an_error_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_fewer_rows_than_a_batch_and_constant_rows_train_without_nan(tmp_path: Path) -> None:
-    few = trained(
-        tmp_path / "few", TopK, torch.randn(40, 8), d_sae=16, options={"k": 2}, steps=5, batch_size=4096
-    )
+    few = trained(tmp_path / "few", TopK, torch.randn(40, 8), d_sae=16, options={"k": 2}, steps=5, batch_size=4096)
     assert few.tokens == 5 * few.rows.counts.train and math.isfinite(few.log[-1]["loss"])
     flat = trained(tmp_path / "flat", BatchTopK, torch.ones(100, 8), d_sae=16, options={"k": 2}, steps=5)
     assert all(math.isfinite(v) for row in flat.log for v in row.values())
@@ -328,12 +310,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, cls: type[Coder],
     first.run.stop.request(15)
     for _ in range(2):  # stops after one step each time
         with pytest.raises(Exception, match="stopped on request"):
-            Trainer(
-                build(cls, cls.Config(d_in=16, d_sae=32, **options), 0), rows, rules, checkpoints, first.run
-            ).fit()
-    last = Trainer(
-        build(cls, cls.Config(d_in=16, d_sae=32, **options), 0), rows, rules, checkpoints, Run("train")
-    )
+            Trainer(build(cls, cls.Config(d_in=16, d_sae=32, **options), 0), rows, rules, checkpoints, first.run).fit()
+    last = Trainer(build(cls, cls.Config(d_in=16, d_sae=32, **options), 0), rows, rules, checkpoints, Run("train"))
     assert last.resumed_at == 2
     torch.rand(5)  # someone else's use of the global generator must not matter
     last.fit()
@@ -386,9 +364,7 @@ def test_a_dead_latent_is_one_that_has_not_fired_within_the_window(tmp_path: Pat
     coder = build(TopK, TopK.Config(d_in=16, d_sae=32, k=2, aux_coefficient=0.0), 0)
     with torch.no_grad():
         coder.b_enc[0] = -1e6
-    trainer = Trainer(
-        coder, rows, settings(steps=10, dead_window=2000), Checkpoints(tmp_path / "c"), Run("train")
-    )
+    trainer = Trainer(coder, rows, settings(steps=10, dead_window=2000), Checkpoints(tmp_path / "c"), Run("train"))
     trainer.fit()
     assert trainer.since_fired[0] == trainer.tokens > 2000
     assert bool(trainer.dead[0]) and not bool(trainer.dead.all())
@@ -548,9 +524,7 @@ def test_nothing_held_out_or_no_variance_gives_none_and_no_nan() -> None:
 
 
 def test_the_threshold_is_calibrated_to_l0_equal_k_on_held_out_rows(tmp_path: Path) -> None:
-    trainer = trained(
-        tmp_path, BatchTopK, planted(8000, dictionary(64, 32)), d_sae=128, options={"k": 6}, steps=80
-    )
+    trainer = trained(tmp_path, BatchTopK, planted(8000, dictionary(64, 32)), d_sae=128, options={"k": 6}, steps=80)
     held = trainer.rows.held_out()
     trainer.coder.calibrate(held * trainer.scale)
     save(tmp_path / "sae", trainer.coder, trainer.scale, ORIGIN)

@@ -87,12 +87,8 @@ def test_values_of_the_environment_are_parsed_by_type(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["GREATCTL_SEED", "GREATCTL_TRAIN_K", "GREATCTL_TRAIN_LR", "GREATCTL_TRAIN_STREAM"]
-)
-def test_a_wrong_type_in_the_environment_is_a_usage_error_that_names_the_variable(
-    tmp_path: Path, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["GREATCTL_SEED", "GREATCTL_TRAIN_K", "GREATCTL_TRAIN_LR", "GREATCTL_TRAIN_STREAM"])
+def test_a_wrong_type_in_the_environment_is_a_usage_error_that_names_the_variable(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError) as caught:
         settle(tmp_path, env={name: "abc"})
     assert name in caught.value.message and "abc" in caught.value.message
@@ -123,9 +119,7 @@ def test_settings_that_do_not_fit_together_are_refused_with_their_origins(tmp_pa
     assert "flag --k" in caught.value.fix and "sources.toml [train]" in caught.value.fix
 
 
-@pytest.mark.parametrize(
-    "line", ["k = '32'", "k = 3.5", "lr = 'fast'", "stream = 1", "hook_point = 'a'", "model = 3"]
-)
+@pytest.mark.parametrize("line", ["k = '32'", "k = 3.5", "lr = 'fast'", "stream = 1", "hook_point = 'a'", "model = 3"])
 def test_the_file_is_read_strictly_and_located(tmp_path: Path, line: str) -> None:
     with pytest.raises(ManifestError) as caught:
         settle(tmp_path, f"[train]\n{line}\n")
@@ -175,9 +169,7 @@ def test_the_device_follows_the_same_order(tmp_path: Path) -> None:
     assert settle(tmp_path, table).config.k == 64
 
 
-def test_folders_follow_the_same_order_and_are_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_follow_the_same_order_and_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, elsewhere = tmp_path / "project", tmp_path / "shell"
     root.mkdir()
     elsewhere.mkdir()

@@ -41,13 +41,7 @@ def test_sign_flip_enumerates_small_samples_exactly():
     found = stats.sign_flip_max_t(np.array([[1.0, 1.0], [1.0, -1.0], [1.0, 2.0], [1.0, 0.5]]))
     assert found.floor == 2 / 2**4
     assert found.p[0] == found.floor
-    sums = [
-        abs(a * 1 + b * -1 + c * 2 + d * 0.5)
-        for a in (1, -1)
-        for b in (1, -1)
-        for c in (1, -1)
-        for d in (1, -1)
-    ]
+    sums = [abs(a * 1 + b * -1 + c * 2 + d * 0.5) for a in (1, -1) for b in (1, -1) for c in (1, -1) for d in (1, -1)]
     assert found.p[1] == pytest.approx(np.mean(np.array(sums) >= 2.5 - 1e-9))
     assert (found.p_max_t >= found.p).all()
 

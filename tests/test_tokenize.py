@@ -58,9 +58,7 @@ def test_every_window_has_one_bos_and_padding_only_at_a_documents_end(tmp_path: 
 def test_character_spans_tile_each_text_and_say_what_its_tokens_say(tmp_path: Path, folder: Path) -> None:
     store, _ = made(tmp_path, folder)
     tokenizer = load_tokenizer(folder)
-    spans = zip(
-        store.windows["document"], store.windows["char_start"], store.windows["char_end"], strict=True
-    )
+    spans = zip(store.windows["document"], store.windows["char_start"], store.windows["char_end"], strict=True)
     pieces: dict[str, str] = {}
     for window, (_, start, end) in enumerate(spans):
         name = store.document_of(window)["source_id"]
@@ -172,9 +170,7 @@ def test_one_export_may_be_given_as_a_word_and_an_unknown_one_is_refused() -> No
         tokenize.Config.model_validate({"export": "csv"})
 
 
-def test_a_window_beyond_the_context_is_refused_before_anything_is_written(
-    tmp_path: Path, folder: Path
-) -> None:
+def test_a_window_beyond_the_context_is_refused_before_anything_is_written(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ManifestError) as caught:
         made(tmp_path, folder, window=65)
     assert "64" in caught.value.why

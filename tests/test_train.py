@@ -30,24 +30,18 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"arch": "topk", "d_sae": 32, "k": 3, "steps": 30, "batch_size": 128, "ce_windows": 0}
 
 
-def context(
-    root: Path, *, origins: Mapping[str, str] | None = None, force: bool = False
-) -> tuple[Context, list]:
+def context(root: Path, *, origins: Mapping[str, str] | None = None, force: bool = False) -> tuple[Context, list]:
     """A context over `root`, and the list that its events go to."""
     events: list = []
     place = Project(root, None, root / "data", root / "results")  # type: ignore[arg-type]
     run = Run("train", events.append)
-    return Context(
-        place, load_plugins(folder=None), run, origins=origins or {}, force=force, device="cpu"
-    ), events
+    return Context(place, load_plugins(folder=None), run, origins=origins or {}, force=force, device="cpu"), events
 
 
 def run(root: Path, *, force: bool = False, origins: Mapping[str, str] | None = None, **changes):
     """Run the stage in this process."""
     ctx, events = context(root, origins=origins, force=force)
-    return train.run(ctx, train.Config(**{**QUICK, **changes})), [
-        e.message for e in events if e.kind == "notice"
-    ]
+    return train.run(ctx, train.Config(**{**QUICK, **changes})), [e.message for e in events if e.kind == "notice"]
 
 
 @pytest.fixture(scope="session")
@@ -103,9 +97,7 @@ def test_the_folder_holds_the_sae_its_curve_and_how_it_was_made(root: Path) -> N
         "r1",
         1,
     )
-    assert (
-        made["rows"]["special"] == 189 and made["rows"]["held_out"] == 1000 and made["rows"]["train"] == 2000
-    )
+    assert made["rows"]["special"] == 189 and made["rows"]["held_out"] == 1000 and made["rows"]["train"] == 2000
     assert made["epochs"] == pytest.approx(200 * 125 / 2000)
     assert load_sae(folder).hook_point == HOOK
     assert any("each row is read 12.8 times" in n for n in notices)

@@ -39,17 +39,13 @@ def save_tiny(folder: Path, *, seed: int = 0, model: type = LlamaForCausalLM, **
     kind = getattr(model, "config_class", LlamaConfig)
     torch.manual_seed(seed)
     hf = model(kind(**{**settings, **config})).eval()
-    with (
-        torch.no_grad()
-    ):  # the usual initialisation is so small that an untouched site would pass for a right one
+    with torch.no_grad():  # the usual initialisation is so small that an untouched site would pass for a right one
         for parameter in hf.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
     hf.save_pretrained(folder)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([TEXT] * 4, vocab_size=320, special_tokens=[BOS, EOS], show_progress=False)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
     fast.save_pretrained(folder)
     return hf
 

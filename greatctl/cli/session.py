@@ -48,7 +48,9 @@ def open_project(root: Root, *, quiet: bool = False) -> Project:
     if not path.exists():
         path = manifests.packaged_path()
         if not quiet:
-            stderr().print(literal("no sources.toml here: using the packaged one (`greatctl init` writes a copy)", "dim"))
+            stderr().print(
+                literal("no sources.toml here: using the packaged one (`greatctl init` writes a copy)", "dim")
+            )
     manifest = manifests.load(path)
     data, results, _ = project_paths(folder, manifest, root.data_dir, root.results_dir, os.environ)
     return Project(folder, manifest, data, results)

@@ -188,9 +188,7 @@ def _join(text: str) -> str:
 
 def _width(blocks: Sequence[str]) -> int:
     """The measure the file was typed to: nine in ten lines of its longer blocks fit."""
-    lengths = sorted(
-        len(line.rstrip()) for block in blocks for line in block.split("\n")[:-1] if block.count("\n") > 1
-    )
+    lengths = sorted(len(line.rstrip()) for block in blocks for line in block.split("\n")[:-1] if block.count("\n") > 1)
     return lengths[int(0.9 * (len(lengths) - 1))] if lengths else 70
 
 

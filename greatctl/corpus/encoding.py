@@ -73,6 +73,4 @@ def _strict(data: bytes, name: str) -> str:
 
 
 def _undecodable(why: str, offset: int) -> IntegrityError:
-    return IntegrityError(
-        "the file is not text that can be read", why=f"{why}, at offset {offset:,}", code="not-text"
-    )
+    return IntegrityError("the file is not text that can be read", why=f"{why}, at offset {offset:,}", code="not-text")

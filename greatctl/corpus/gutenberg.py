@@ -30,9 +30,7 @@ _CANONICAL = ("www.gutenberg.org", "gutenberg.org", "www.gutenberg.net", MIRROR)
 _START = re.compile(r"^\s*\*{3}\s*START OF (?:THIS|THE) PROJECT GUTENBERG", re.IGNORECASE)
 _END = re.compile(r"^\s*\*{3}\s*END OF (?:THIS|THE) PROJECT GUTENBERG", re.IGNORECASE)
 _SMALL_PRINT_END = re.compile(r"^\s*\*END\*?\s*THE SMALL PRINT", re.IGNORECASE)
-_END_WORDS = re.compile(
-    r"^\s*(?:\*+\s*)?(?:this is the )?end of (?:the |this )?project gutenberg", re.IGNORECASE
-)
+_END_WORDS = re.compile(r"^\s*(?:\*+\s*)?(?:this is the )?end of (?:the |this )?project gutenberg", re.IGNORECASE)
 _NUMBER = re.compile(r"\[\s*e-?(?:book|text)\s*#?\s*(\d+)\s*\]", re.IGNORECASE)
 
 
@@ -103,9 +101,7 @@ def _header(lines: Sequence[str], end: int) -> int:
     for i, line in enumerate(lines[: end // 2]):
         if _SMALL_PRINT_END.match(line):
             return i + 1
-    raise _refused(
-        "the file has no START marker", "a Project Gutenberg text has one before the book", "no-start"
-    )
+    raise _refused("the file has no START marker", "a Project Gutenberg text has one before the book", "no-start")
 
 
 def _footer(lines: Sequence[str]) -> int:
@@ -117,9 +113,7 @@ def _footer(lines: Sequence[str]) -> int:
         return near[0] if near else ends[-1]
     if words:
         return words[-1]
-    raise _refused(
-        "the file has no END marker", "it was cut short on the way, or is another kind of file", "truncated"
-    )
+    raise _refused("the file has no END marker", "it was cut short on the way, or is another kind of file", "truncated")
 
 
 def _check_book(entry: Entry, text: str) -> None:
@@ -135,9 +129,7 @@ def _check_book(entry: Entry, text: str) -> None:
     if number is None:
         return
     if found and int(found[1]) != number:
-        raise _refused(
-            f"this is book {found[1]}, not {number}", "the file names its own number", "wrong-book"
-        )
+        raise _refused(f"this is book {found[1]}, not {number}", "the file names its own number", "wrong-book")
     if not found and _flat(entry.title)[:24] not in _flat(head):
         raise _refused(
             f"this does not say that it is book {number}", "no number and no title in its head", "wrong-book"

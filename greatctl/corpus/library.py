@@ -59,9 +59,7 @@ class Row:
         return {k: v for k, v in asdict(self).items() if k != "why" or v}
 
     @classmethod
-    def of(
-        cls, entry: Entry, status: str, files: Mapping[str, bytes] | None = None, why: str | None = None
-    ) -> Row:
+    def of(cls, entry: Entry, status: str, files: Mapping[str, bytes] | None = None, why: str | None = None) -> Row:
         """The row of an entry whose originals are `files`."""
         size = sum(map(len, files.values())) if files else None
         digest = hashlib.sha256(b"".join(files.values())).hexdigest() if files else None
@@ -173,11 +171,7 @@ class Library:
         """The row for a healthy file that is not the one first seen; the old one stays."""
         have = raw.originals(self.folder / entry.id, entry)
         new = sum(map(len, files.values()))
-        old = (
-            f"{sum(map(len, have[0].values())):,} bytes"
-            if have
-            else "another file, which is not on disk any more"
-        )
+        old = f"{sum(map(len, have[0].values())):,} bytes" if have else "another file, which is not on disk any more"
         why = (
             f"changed at its source: {new:,} bytes came, first seen was {old}; "
             f"to take the new one: greatctl fetch --update --source {entry.id}"
@@ -218,9 +212,7 @@ class Library:
         shutil.rmtree(self.folder / DOWNLOADS / entry.id, ignore_errors=True)
 
 
-def locate(
-    entry: Entry, source: Source, plugins: Mapping[str, str], get: Callable[[str], bytes]
-) -> Sequence[Resource]:
+def locate(entry: Entry, source: Source, plugins: Mapping[str, str], get: Callable[[str], bytes]) -> Sequence[Resource]:
     """The source's resources, checked.
 
     Raises:

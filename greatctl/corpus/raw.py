@@ -138,9 +138,7 @@ class Ledger:
         if path.exists():
             try:
                 rows = json.loads(path.read_bytes())["sources"]
-                self._rows = {
-                    id: {"url": row["url"], "files": dict(row["files"])} for id, row in rows.items()
-                }
+                self._rows = {id: {"url": row["url"], "files": dict(row["files"])} for id, row in rows.items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise IntegrityError(
                     f"{path} cannot be read",
@@ -156,9 +154,7 @@ class Ledger:
             return None
         return {name: facts["sha256"] for name, facts in row["files"].items()}
 
-    def note(
-        self, entry: Entry, files: Mapping[str, bytes], etags: Mapping[str, str | None] | None = None
-    ) -> None:
+    def note(self, entry: Entry, files: Mapping[str, bytes], etags: Mapping[str, str | None] | None = None) -> None:
         """Write down what was seen, unless just that is written there already."""
         seen = {name: sha256_bytes(data) for name, data in files.items()}
         if self.expected(entry) == seen:

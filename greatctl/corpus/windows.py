@@ -150,9 +150,7 @@ class TokenStore:
             self.tokenizer: dict = json.loads((path / "tokenizer.json").read_bytes())
         except (OSError, ValueError, SafetensorError) as error:
             fix = "run `greatctl tokenize` again: it redoes what is damaged"
-            raise IntegrityError(
-                f"{path} cannot be read", why=str(error), fix=fix, where=str(path)
-            ) from error
+            raise IntegrityError(f"{path} cannot be read", why=str(error), fix=fix, where=str(path)) from error
         self.input_ids: torch.Tensor = tensors["input_ids"]
         self.length: torch.Tensor = tensors["length"]
         self.documents = read_rows(path / "documents.parquet")
@@ -186,9 +184,7 @@ def export(store: TokenStore, folder: Path, forms: Sequence[str], names: Mapping
         ids = store.input_ids[torch.from_numpy(rows)].long()
         meta = {**document, "window": store.window, "tokenizer": store.tokenizer["name"]}
         for form in forms:
-            path = folder / (
-                names[document["source_id"]] + {"pt": ".pt", "parquet": ".parquet"}.get(form, "")
-            )
+            path = folder / (names[document["source_id"]] + {"pt": ".pt", "parquet": ".parquet"}.get(form, ""))
             _WRITERS[form](path, ids, meta)
             written.append(path)
     return written

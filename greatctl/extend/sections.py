@@ -33,9 +33,7 @@ def check_sections(given: object) -> list[Section]:
 
 def _check_block(block: object) -> None:
     if not isinstance(block, Mapping) or _SHAPES.get(str(block.get("kind"))) != set(block):
-        raise _wrong(
-            "a block is {'kind': 'prose', 'text': …} or {'kind': 'table', 'columns': […], 'rows': […]}", block
-        )
+        raise _wrong("a block is {'kind': 'prose', 'text': …} or {'kind': 'table', 'columns': […], 'rows': […]}", block)
     if block["kind"] == "prose":
         if not isinstance(block["text"], str):
             raise _wrong("a prose block's text is a string", block)

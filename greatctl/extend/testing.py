@@ -94,9 +94,7 @@ def check_source(
         _refuses(instance, entry, dict.fromkeys(files, data), what)
 
 
-def _located(
-    source: contracts.Source, entry: Entry, records: Mapping[str, bytes]
-) -> list[contracts.Resource]:
+def _located(source: contracts.Source, entry: Entry, records: Mapping[str, bytes]) -> list[contracts.Resource]:
     def get(url: str) -> bytes:
         assert url in records, f"`locate` asks for {url}, which `records` does not hold"
         return records[url]
@@ -141,9 +139,7 @@ def _refuses(source: contracts.Source, entry: Entry, files: dict[str, bytes], wh
     except IntegrityError:
         return
     except GreatctlError as error:
-        raise AssertionError(
-            f"`read` answers {what} with {type(error).__name__}, not IntegrityError"
-        ) from error
+        raise AssertionError(f"`read` answers {what} with {type(error).__name__}, not IntegrityError") from error
     except Exception as error:  # whatever it is, it is the finding
         raise AssertionError(
             f"`read` answers {what} with {type(error).__name__}: {error}; raise IntegrityError"

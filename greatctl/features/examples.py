@@ -71,9 +71,7 @@ class Decoder:
                 pieces.append("")
         return pieces
 
-    def passage(
-        self, ids: Sequence[int], position: int, *, before: int = BEFORE, after: int = AFTER
-    ) -> Passage:
+    def passage(self, ids: Sequence[int], position: int, *, before: int = BEFORE, after: int = AFTER) -> Passage:
         """The text around `position` of a window's ids (without padding).
 
         Where the token ends inside a character, `token` is the character that it begins.

@@ -135,9 +135,7 @@ def weigh(cells: Cells, *, causal: Causal | None = None, seed: int = 0) -> Judge
 class _Rules:
     """The rules 4 to 6 of `judge` over all latents of one corpus."""
 
-    def __init__(
-        self, cells: Cells, effect: Floats, q: Floats, causal: Causal, seed: int, power: str
-    ) -> None:
+    def __init__(self, cells: Cells, effect: Floats, q: Floats, causal: Causal, seed: int, power: str) -> None:
         self.cells, self.effect, self.q, self.causal, self.seed, self.power = (
             cells,
             effect,
@@ -174,9 +172,7 @@ class _Rules:
 
     def _significant(self, i: int) -> tuple[str, str]:
         way = "higher" if self.effect[i] > 0 else "lower"
-        said = (
-            f"{way} in characters by {abs(self.effect[i]):.2f} sd, q {self.q[i]:.2g} over all latents given"
-        )
+        said = f"{way} in characters by {abs(self.effect[i]):.2f} sd, q {self.q[i]:.2g} over all latents given"
         kept, who = self.survives
         if not kept[i]:
             return "not-separable-author", f"{said}; without {self.cells.authors[who[i]]} it does not hold"
@@ -200,9 +196,7 @@ class _Rules:
 
     def _context(self) -> str:
         missing = [name for name in ("era", "genre", "topic") if name not in self.adjusted]
-        kept = f"holds without any one {self.cells.unit}" + "".join(
-            f", within {name}" for name in self.adjusted
-        )
+        kept = f"holds without any one {self.cells.unit}" + "".join(f", within {name}" for name in self.adjusted)
         return kept + (f"; not adjusted for {', '.join(missing)} (not given)" if missing else "")
 
 
@@ -276,9 +270,7 @@ def _power(cells: Cells, n1: int, n0: int, smallest: float, floor: float) -> str
     return f"{who} can show (power .8, one latent, level .05) an effect of {smallest:.1f} sd or more"
 
 
-def _row(
-    latent: int, effect: float, area: float, p: float, q: float, verdict: str, reason: str
-) -> dict[str, object]:
+def _row(latent: int, effect: float, area: float, p: float, q: float, verdict: str, reason: str) -> dict[str, object]:
     return {
         "latent": latent,
         "effect": effect,

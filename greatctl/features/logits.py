@@ -42,9 +42,7 @@ class LatentLogits:
     bottom_values: Tensor
 
 
-def latent_logits(
-    model: Unembedding, directions: Tensor, *, k: int = 10, hidden: Sequence[int] = ()
-) -> LatentLogits:
+def latent_logits(model: Unembedding, directions: Tensor, *, k: int = 10, hidden: Sequence[int] = ()) -> LatentLogits:
     """Logits of decoder rows, per unit of activation.
 
     Args:

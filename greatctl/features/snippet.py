@@ -34,9 +34,7 @@ def read_snippet(latents: Tensor, pieces: Sequence[str], top_k: int) -> Snippet:
         pieces: the tokens' texts.
         top_k: latents a token.
     """
-    values, which = (
-        part[:, :top_k] for part in latents.float().cpu().sort(dim=1, descending=True, stable=True)
-    )
+    values, which = (part[:, :top_k] for part in latents.float().cpu().sort(dim=1, descending=True, stable=True))
     top: list[dict[str, object]] = [
         {"token": token, "position": position, "latent": latent, "activation": value}
         for position, token in enumerate(pieces)

@@ -145,9 +145,7 @@ def _index(keys: Sequence[Hashable]) -> tuple[list, NDArray[np.int64]]:
     return order, np.array([place[key] for key in keys], dtype=np.int64)
 
 
-def _average(
-    values: NDArray, rows: Sequence[int], group: NDArray[np.int64], weight: Floats, n_groups: int
-) -> Floats:
+def _average(values: NDArray, rows: Sequence[int], group: NDArray[np.int64], weight: Floats, n_groups: int) -> Floats:
     """Weighted means of `values[rows]` by group, [n_groups, n_columns] float64."""
     total = np.zeros((n_groups, values.shape[1]))
     size = np.zeros(n_groups)

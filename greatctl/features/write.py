@@ -128,9 +128,7 @@ def _example_blocks(tables: FeatureTables, corpus: Corpus, decoder: Decoder) -> 
         yield _examples([row for latent in latents for row in _examples_of(tables, corpus, decoder, latent)])
 
 
-def _examples_of(
-    tables: FeatureTables, corpus: Corpus, decoder: Decoder, latent: int
-) -> Iterator[dict[str, object]]:
+def _examples_of(tables: FeatureTables, corpus: Corpus, decoder: Decoder, latent: int) -> Iterator[dict[str, object]]:
     for rank, window in enumerate(tables.top_window[latent].tolist()):
         if window < 0:
             return

@@ -64,9 +64,7 @@ class BridgeModel:
         )
         missing = [s for s in sites if s not in cache]
         if missing:
-            raise StageError(
-                f"the site {missing[0]} did not fire", why="TransformerLens ran past it in silence"
-            )
+            raise StageError(f"the site {missing[0]} did not fire", why="TransformerLens ran past it in silence")
         return {site: cache[site] for site in sites}
 
     def run(

@@ -40,9 +40,7 @@ def snapshot(repo: str, patterns: tuple[str, ...], offline: bool, revision: str 
             local_files_only=offline,
         )
     except HFValidationError as error:
-        raise InputError(
-            f"{repo!r} is neither a folder nor a hub id", why=str(error).splitlines()[0]
-        ) from error
+        raise InputError(f"{repo!r} is neither a folder nor a hub id", why=str(error).splitlines()[0]) from error
     except (OSError, RuntimeError) as error:
         raise _refusal(repo, error, offline) from error
     finally:
@@ -87,9 +85,7 @@ def _refusal(repo: str, error: BaseException, offline: bool) -> GreatctlError:
         )
     root = type(causes[-1]).__name__
     why = f"the hub answered {status}" if status else f"it could not be reached ({root})"
-    return NetworkError(
-        f"the model {repo} could not be downloaded", why=why, fix="try again, or use `--model bundled`"
-    )
+    return NetworkError(f"the model {repo} could not be downloaded", why=why, fix="try again, or use `--model bundled`")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -83,9 +83,7 @@ def site_names(n_layers: int) -> list[str]:
 
 def unknown_site(name: str, known: Iterable[str]) -> UsageError:
     """The error for a site that a model does not have, with the nearest names."""
-    return UsageError(
-        f"unknown hook point {name!r}", why="this model has no such site", fix=did_you_mean(name, known)
-    )
+    return UsageError(f"unknown hook point {name!r}", why="this model has no such site", fix=did_you_mean(name, known))
 
 
 class FrozenModel(Protocol):

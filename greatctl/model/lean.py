@@ -110,9 +110,7 @@ class LeanModel:
     ) -> torch.Tensor:
         """Logits from the residual entering block `layer`; see `FrozenModel.resume`."""
         if not 0 <= layer <= self.n_layers:
-            raise UsageError(
-                f"layer {layer} is out of range", why=f"the model has layers 0 to {self.n_layers - 1}"
-            )
+            raise UsageError(f"layer {layer} is out of range", why=f"the model has layers 0 to {self.n_layers - 1}")
         return self._finish(layer, residual.to(self.device, self.dtype), interventions, positions)
 
     @torch.no_grad()

@@ -90,9 +90,7 @@ def locate(source: str | Path, *, weights: bool = False, offline: bool = False) 
     if folder.is_dir():
         return Located(folder, _content_revision(folder))
     if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
-        raise InputError(
-            f"there is no folder {source}", why="a model is a folder or a hub id such as org/name"
-        )
+        raise InputError(f"there is no folder {source}", why="a model is a folder or a hub id such as org/name")
     cached = snapshot(source, _LIGHT, offline)
     if weights:  # of the same commit, even if the branch moved meanwhile
         cached = snapshot(source, _LIGHT + _HEAVY, offline, cached.name)

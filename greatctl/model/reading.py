@@ -65,16 +65,13 @@ def read(
             _check_finite(acts, where, site, shard)
             parts[site].append(acts.cpu())
             moments = _moments(acts[text.to(acts.device)])
-            sums[site] = (
-                [a + b for a, b in zip(sums[site], moments, strict=True)] if site in sums else moments
-            )
+            sums[site] = [a + b for a, b in zip(sums[site], moments, strict=True)] if site in sums else moments
         rows.append(where)
         said(sum(part.shape[1] for part in rows))
     window, position, token = (row.clone() for row in torch.cat(rows, dim=1))
     shared = {"window": window, "position": position, "token": token}
     return {
-        site: {"acts": torch.cat(parts[site]), **shared, **dict(zip(SUMS, sums[site], strict=True))}
-        for site in sites
+        site: {"acts": torch.cat(parts[site]), **shared, **dict(zip(SUMS, sums[site], strict=True))} for site in sites
     }
 
 

@@ -41,9 +41,7 @@ def load_tokenizer(source: str | Path, *, offline: bool = False) -> Any:
             f"the tokenizer of {source} cannot be read", why=str(error).splitlines()[0], fix=fix
         ) from error
     if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer of {source} gives no character offsets", why="it has no fast form", fix=fix
-        )
+        raise InputError(f"the tokenizer of {source} gives no character offsets", why="it has no fast form", fix=fix)
     return tokenizer
 
 
@@ -79,9 +77,7 @@ def bos_id(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise InputError(
-        "the tokenizer has neither a BOS nor an EOS token", why="every window must begin with one"
-    )
+    raise InputError("the tokenizer has neither a BOS nor an EOS token", why="every window must begin with one")
 
 
 def pad_id(tokenizer: Any) -> int:

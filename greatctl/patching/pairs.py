@@ -90,9 +90,7 @@ def read_pairs(path: Path) -> list[Pair]:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         fix = "name a pair file with --pairs, or use --pairs greatness"
-        raise InputError(
-            f"the pair file {path} cannot be read", why=error.strerror or str(error), fix=fix
-        ) from None
+        raise InputError(f"the pair file {path} cannot be read", why=error.strerror or str(error), fix=fix) from None
     except UnicodeDecodeError as error:
         raise _malformed(path, 1, "it is not UTF-8", str(error)) from None
     pairs = _from_toml(path, text) if path.suffix == ".toml" else _from_lines(path, text)
@@ -130,9 +128,7 @@ def encode_pairs(
 def _encode(pair: Pair, encode: Encode, n_ctx: int | None) -> EncodedPair | str:
     clean, corrupted = tuple(encode(pair.clean)), tuple(encode(pair.corrupted))
     if len(clean) != len(corrupted):
-        return (
-            f"unequal lengths: the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}"
-        )
+        return f"unequal lengths: the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}"
     if clean == corrupted:
         return "the clean and the corrupted prompt are the same tokens"
     if n_ctx is not None and len(clean) > n_ctx:

@@ -10,14 +10,10 @@ from .. import stats
 
 __all__ = ["panels", "peak", "summary"]
 
-_NEARLY = (
-    1 - 1e-6
-)  # cells this close to the largest count as equal, so that rounding does not choose the peak
+_NEARLY = 1 - 1e-6  # cells this close to the largest count as equal, so that rounding does not choose the peak
 
 
-def summary(
-    cells: pa.Table, ends: Mapping[str, Sequence[tuple[float, float]]], *, n_refused: int
-) -> dict[str, object]:
+def summary(cells: pa.Table, ends: Mapping[str, Sequence[tuple[float, float]]], *, n_refused: int) -> dict[str, object]:
     """The fixed keys of a sweep's summary; without a suffix they are the first metric's, `metrics` maps all
     of them.
 

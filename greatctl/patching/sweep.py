@@ -153,9 +153,7 @@ def _check_layer(model: Patchable, group: Group, layer: int, direction: str) -> 
     off = float((found[:n] - expected).abs().max())
     if not off <= allowed:
         what = "the other run" if group.site in _WHOLE else "the run itself"
-        raise _failed(
-            site, f"patching all of {what} in gives logits {off:.2e} off, allowed are {allowed:.1e}"
-        )
+        raise _failed(site, f"patching all of {what} in gives logits {off:.2e} off, allowed are {allowed:.1e}")
     moved = float((found[n] - group.logits[base][0]).abs().max())
     if not moved > allowed:
         raise _failed(site, f"a large edit at the answer position moved the logits by {moved:.1e} only")

@@ -40,9 +40,7 @@ EFFECTS = pa.schema(
         ("role", pa.string()),
     ]
 )
-_NEARLY = (
-    1 - 1e-6
-)  # cells this close to the largest count as equal, so that rounding does not choose the peak
+_NEARLY = 1 - 1e-6  # cells this close to the largest count as equal, so that rounding does not choose the peak
 Floats = NDArray[np.float64]
 
 
@@ -70,9 +68,7 @@ def effect_table(
     for metric, (clean, corrupted, patched) in values.items():
         base = corrupted if direction == "denoising" else clean
         gap = (clean - corrupted)[:, None]
-        normalised = np.divide(
-            patched - corrupted[:, None], gap, out=np.full(patched.shape, np.nan), where=gap != 0
-        )
+        normalised = np.divide(patched - corrupted[:, None], gap, out=np.full(patched.shape, np.nan), where=gap != 0)
         columns = {
             "pair": np.repeat(np.array(pairs, dtype=object), length),
             "site": [site] * (n * length),

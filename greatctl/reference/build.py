@@ -55,9 +55,7 @@ class Texts:
         missing = sorted(set(heldout) - set(texts))
         if missing or set(texts) <= set(heldout):
             raise InputError(
-                f"No texts to learn from in {folder}."
-                if not missing
-                else f"Held-out files missing: {missing}.",
+                f"No texts to learn from in {folder}." if not missing else f"Held-out files missing: {missing}.",
                 why=f"The folder holds {len(texts)} .txt files.",
                 fix="Give a folder of .txt files, and name held-out files as they are called there.",
             )
@@ -94,9 +92,7 @@ def build(texts: Texts, out: Path, recipe: Recipe, device: str, note: str = "") 
     heldout = [(encode(tokenizer, text), len(text.encode())) for text in texts.heldout.values()]
 
     def evaluate(model: nn.Module) -> float:
-        total = sum(
-            bits_per_byte(model, ids, size, stream.bos, recipe.context) * size for ids, size in heldout
-        )
+        total = sum(bits_per_byte(model, ids, size, stream.bos, recipe.context) * size for ids, size in heldout)
         return total / sum(size for _, size in heldout)
 
     model = learn(recipe, stream, evaluate if heldout else None, work, device, log)
@@ -111,9 +107,7 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     """An ordinary save_pretrained folder, weights in bf16."""
     model = model.to(torch.bfloat16)
     config = model.config
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
-    )
+    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     for path in out.iterdir():
@@ -179,15 +173,11 @@ def parser() -> argparse.ArgumentParser:
         "--heldout", action="append", default=[], metavar="NAME", help="a file to judge by (repeatable)"
     )
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    result.add_argument(
-        "--note", default="", help="a sentence for the card, such as how the settings were chosen"
-    )
+    result.add_argument("--note", default="", help="a sentence for the card, such as how the settings were chosen")
     result.add_argument("--card-only", action="store_true", help="judge the finished model in OUT_DIR again")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
-        result.add_argument(
-            flag, type=type(field.default), default=field.default, help=f"default {field.default}"
-        )
+        result.add_argument(flag, type=type(field.default), default=field.default, help=f"default {field.default}")
     return result
 
 

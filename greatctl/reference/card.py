@@ -74,9 +74,7 @@ def _total(works: dict[str, dict[str, float]]) -> dict[str, float]:
     """Both figures over all held-out works together, weighted by their bytes."""
     n_bytes = sum(work["bytes"] for work in works.values())
     keys = ("bits_per_byte", "trigram_bits_per_byte")
-    return {
-        key: round(sum(w[key] * w["bytes"] for w in works.values()) / n_bytes, 4) for key in keys if n_bytes
-    }
+    return {key: round(sum(w[key] * w["bytes"] for w in works.values()) / n_bytes, 4) for key in keys if n_bytes}
 
 
 def _heads(model: Any, vocab_size: int, bos: int, period: int) -> dict[str, list[dict[str, Any]]]:
@@ -115,8 +113,7 @@ def _page(numbers: dict[str, Any], recipe: dict[str, Any]) -> str:
         works += f"| together | | {total['bits_per_byte']:.3f} | {total['trigram_bits_per_byte']:.3f} |\n"
     heads = {k: ", ".join(f"{h['head']} ({h['score']:.2f})" for h in v) for k, v in numbers["heads"].items()}
     pairs = "".join(
-        f"| {name} | {p['pairs']} | {p['fit']} | {p['told_apart']} |\n"
-        for name, p in numbers["pairs"].items()
+        f"| {name} | {p['pairs']} | {p['fit']} | {p['told_apart']} |\n" for name, p in numbers["pairs"].items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())
     return f"""# The bundled reference model

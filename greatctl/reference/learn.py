@@ -75,9 +75,7 @@ class Recipe:
             pad_token_id=eos,
         )
         model = LlamaForCausalLM(config).float()
-        with (
-            torch.no_grad()
-        ):  # GPT-2's scaling: the residual stream starts small however many blocks add to it
+        with torch.no_grad():  # GPT-2's scaling: the residual stream starts small however many blocks add to it
             for name, weight in model.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     weight.mul_(1 / math.sqrt(2 * self.n_layers))

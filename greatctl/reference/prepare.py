@@ -129,9 +129,7 @@ def prepare(raw_dir: Path, text_dir: Path) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: raw folder in, clean folder out."""
-    parser = argparse.ArgumentParser(
-        prog="python -m greatctl.reference.prepare", description="Clean Gutenberg files."
-    )
+    parser = argparse.ArgumentParser(prog="python -m greatctl.reference.prepare", description="Clean Gutenberg files.")
     parser.add_argument("raw_dir", type=Path)
     parser.add_argument("text_dir", type=Path)
     options = parser.parse_args(arguments)

@@ -32,9 +32,7 @@ def token_nats(model: nn.Module, tokens: np.ndarray, bos: int, context: int, row
             labels[row, : len(piece)] = torch.from_numpy(piece)
         inputs = torch.cat([torch.full((len(group), 1), bos), labels[:, :-1].clamp(min=0)], dim=1)
         logits = model(input_ids=inputs.to(device), use_cache=False).logits.float()
-        nats = F.cross_entropy(
-            logits.flatten(0, 1), labels.to(device).flatten(), ignore_index=-100, reduction="none"
-        )
+        nats = F.cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), ignore_index=-100, reduction="none")
         result.append(nats.cpu()[labels.flatten() != -100])
     model.train(was_training)
     return torch.cat(result).double().numpy()
@@ -87,9 +85,7 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.nda
     return np.where(keys[place] == wanted, values[place], 0)
 
 
-def _mix(
-    count: np.ndarray, total: np.ndarray, types: np.ndarray, lower: np.ndarray, discount: float
-) -> np.ndarray:
+def _mix(count: np.ndarray, total: np.ndarray, types: np.ndarray, lower: np.ndarray, discount: float) -> np.ndarray:
     """The discounted estimate plus the discount's mass spread by `lower`; `lower` alone for an unseen
     context.
     """
@@ -102,9 +98,7 @@ def trigram_bits_per_byte(trigram: Trigram, tokens: np.ndarray, n_bytes: int, bo
     return float(trigram.nats(np.concatenate([[bos, bos], tokens])).sum()) / math.log(2) / n_bytes
 
 
-def copying(
-    model: nn.Module, vocab_size: int, bos: int, *, period: int = 100, n: int = 64, seed: int = 1
-) -> float:
+def copying(model: nn.Module, vocab_size: int, bos: int, *, period: int = 100, n: int = 64, seed: int = 1) -> float:
     """Share of tokens guessed right in the second half of `n` rows BOS, r, r of uniformly random tokens r
     [period].
     """
@@ -153,9 +147,7 @@ def pair_differences(model: nn.Module, tokenizer: Any, pairs: list[dict[str, Any
     result: list[float | None] = []
     for pair in pairs:
         clean, corrupted = (tokenizer(pair[side])["input_ids"] for side in ("clean", "corrupted"))
-        answers = [
-            tokenizer(pair[key], add_special_tokens=False)["input_ids"] for key in ("answer", "wrong_answer")
-        ]
+        answers = [tokenizer(pair[key], add_special_tokens=False)["input_ids"] for key in ("answer", "wrong_answer")]
         if len(clean) != len(corrupted) or any(len(ids) != 1 for ids in answers):
             result.append(None)
             continue

@@ -51,7 +51,14 @@ def lines(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]],
 
 def bars(title: str, x: Sequence[str | float], y: Sequence[float], *, x_title: str, y_title: str, words: str) -> Chart:
     """One bar a value."""
-    data = [{"type": "bar", "x": [_plain(v) if isinstance(v, str) else v for v in x], "y": list(y), "marker": {"color": _LINES[0]}}]
+    data = [
+        {
+            "type": "bar",
+            "x": [_plain(v) if isinstance(v, str) else v for v in x],
+            "y": list(y),
+            "marker": {"color": _LINES[0]},
+        }
+    ]
     return Chart(
         title,
         data,
@@ -85,7 +92,12 @@ def heat_map(
         "ygap": 1,
     }
     axes = {
-        "xaxis": {"tickmode": "array", "tickvals": list(range(len(columns))), "ticktext": [_plain(c) for c in columns], "tickangle": -40},
+        "xaxis": {
+            "tickmode": "array",
+            "tickvals": list(range(len(columns))),
+            "ticktext": [_plain(c) for c in columns],
+            "tickangle": -40,
+        },
         "yaxis": {"title": {"text": "layer"}, "dtick": 1, "autorange": True},
         "height": 140 + 26 * len(layers),
         "margin": {"l": 56, "r": 16, "t": 12, "b": 80},

@@ -45,7 +45,12 @@ def view(
         *_plugins(plugin_sections),
         Section("provenance", "Provenance", _provenance(tokens, activations, sae, features, patches, root)),
     ]
-    return View("Greatness, as hypotheses that can fail", _subtitle(tokens, activations), _findings(sae, features, patches), sections)
+    return View(
+        "Greatness, as hypotheses that can fail",
+        _subtitle(tokens, activations),
+        _findings(sae, features, patches),
+        sections,
+    )
 
 
 def _subtitle(tokens: Artifact | None, activations: Artifact | None) -> str:
@@ -56,9 +61,7 @@ def _subtitle(tokens: Artifact | None, activations: Artifact | None) -> str:
     return f"{len(documents)} texts, {tokens.summary['n_tokens']:,} tokens{model}."
 
 
-def _findings(
-    trained: Artifact | None, interpreted: Artifact | None, patched: Mapping[str, Artifact]
-) -> list[str]:
+def _findings(trained: Artifact | None, interpreted: Artifact | None, patched: Mapping[str, Artifact]) -> list[str]:
     found = []
     if trained:
         found.append(sae.finding(trained.summary))
@@ -136,7 +139,9 @@ def _provenance(
         path = _relative(artifact.path, root)
         rows.append([artifact.stage, path, artifact.fingerprint[:12], settings, _short(made_from)])
     versions = tokens.record["versions"] if tokens else {}
-    words = "Fingerprints say what was asked for; every file's sha256 is in the artifact.json beside it (greatctl verify)."
+    words = (
+        "Fingerprints say what was asked for; every file's sha256 is in the artifact.json beside it (greatctl verify)."
+    )
     used = ", ".join(f"{k} {v}" for k, v in versions.items())  # type: ignore[union-attr]
     return [
         Prose(words),

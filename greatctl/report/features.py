@@ -54,11 +54,17 @@ def cards(interpreted: Artifact, count: int) -> list[Block]:
     """A card for each of the `count` first candidates, in the order of the hypotheses."""
     judged = read_rows(interpreted.path / "hypotheses.parquet")[:count]
     wanted = [row["latent"] for row in judged]
-    latents = {row["latent"]: row for row in read_rows(interpreted.path / "latents.parquet") if row["latent"] in set(wanted)}
+    latents = {
+        row["latent"]: row for row in read_rows(interpreted.path / "latents.parquet") if row["latent"] in set(wanted)
+    }
     examples = _by_latent(interpreted, "examples", wanted)
     units = _by_latent(interpreted, "units", wanted)
     total = interpreted.summary.get("n_alive")
-    note = f"{len(judged)} of {total:,} latents that fire are shown, the candidates first; all are in latents.parquet." if total else ""
+    note = (
+        f"{len(judged)} of {total:,} latents that fire are shown, the candidates first; all are in latents.parquet."
+        if total
+        else ""
+    )
     made: list[Block] = [Prose(note, quiet=True)] if note else []
     for row in judged:
         latent = row["latent"]

@@ -25,7 +25,9 @@ def finding(summary: Mapping[str, Any]) -> str:
             f"{summary['l0']:.1f} latents active a token"
         )
     if summary.get("ce_loss_recovered") is not None:
-        parts.append(f"and, put in its place, recovers {summary['ce_loss_recovered']:.1%} of the loss that zeroing the layer would cost")
+        parts.append(
+            f"and, put in its place, recovers {summary['ce_loss_recovered']:.1%} of the loss that zeroing the layer would cost"
+        )
     return " ".join(parts) + f"; {summary['dead_fraction']:.1%} of the latents are dead."
 
 
@@ -41,12 +43,19 @@ def section(trained: Artifact, activations: Artifact | None) -> list[Block]:
     histogram = measured.get("density_histogram")
     if histogram:
         blocks.append(_density(histogram))
-    blocks.append(Prose(f"Controls not trained for this run: {_MISSING}. Until they are, a good number here is weak evidence.", quiet=True))
+    blocks.append(
+        Prose(
+            f"Controls not trained for this run: {_MISSING}. Until they are, a good number here is weak evidence.",
+            quiet=True,
+        )
+    )
     return blocks
 
 
 def _quality(measured: Mapping[str, Any], training: Mapping[str, Any]) -> list[Sequence]:
-    rows: list[Sequence] = [[k.replace("_", " "), v] for k, v in measured.items() if isinstance(v, int | float | str) or v is None]
+    rows: list[Sequence] = [
+        [k.replace("_", " "), v] for k, v in measured.items() if isinstance(v, int | float | str) or v is None
+    ]
     for key in ("hook_point", "model", "epochs", "tokens"):
         rows.append([key.replace("_", " "), training.get(key)])
     rows += [[f"rows {k.replace('_', ' ')}", v] for k, v in training.get("rows", {}).items()]

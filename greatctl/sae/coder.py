@@ -167,6 +167,5 @@ class Coder(nn.Module):
         """Contiguous float32 CPU copies of the named parameters and buffers."""
         state = self.state_dict()
         return {
-            n: state[n].detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-            for n in names
+            n: state[n].detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format) for n in names
         }

@@ -119,9 +119,7 @@ class ActivationRows:
 
     def steps(self, seed: int, batch_size: int, epochs: int) -> int:
         """Batches in so many epochs."""
-        return sum(
-            self._batches(block, batch_size) for epoch in range(epochs) for block in self.blocks(seed, epoch)
-        )
+        return sum(self._batches(block, batch_size) for epoch in range(epochs) for block in self.blocks(seed, epoch))
 
     def stream(self, seed: int, batch_size: int, start: Cursor) -> Iterator[tuple[Cursor, Tensor]]:
         """Endless batches from `start` on: (cursor of the next batch, rows [about batch_size, d_in] as
@@ -196,12 +194,8 @@ class ActivationRows:
             )
         self.median_norm = float(torch.cat(norms)[torch.cat(ordinary)].median())
         inside = [n <= OUTLIER * self.median_norm for n in norms]
-        self._train = [
-            (o & i & ~h).nonzero().squeeze(1) for o, i, h in zip(ordinary, inside, held, strict=True)
-        ]
-        self._held = [
-            (o & i & h).nonzero().squeeze(1) for o, i, h in zip(ordinary, inside, held, strict=True)
-        ]
+        self._train = [(o & i & ~h).nonzero().squeeze(1) for o, i, h in zip(ordinary, inside, held, strict=True)]
+        self._held = [(o & i & h).nonzero().squeeze(1) for o, i, h in zip(ordinary, inside, held, strict=True)]
         self.counts = Counts(
             rows=sum(n.numel() for n in norms),
             special=sum(int((~o).sum()) for o in ordinary),

@@ -50,9 +50,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def evaluate(
-    sae: Reads, rows: Tensor, *, device: str | torch.device = "cpu", chunk: int = 4096
-) -> dict[str, object]:
+def evaluate(sae: Reads, rows: Tensor, *, device: str | torch.device = "cpu", chunk: int = 4096) -> dict[str, object]:
     """Reconstruction and sparsity on `rows` [n, d_in] (raw, ordinary tokens, held out).
 
     Returns JSON values: `rows`, `explained_variance` = 1 - sum|x - x^|^2 / sum|x - mean|^2, `fvu` = 1 - that,

@@ -238,9 +238,7 @@ def _through_registry(
         coder = cls(cls.Config(**metadata["greatctl_config"]))
         coder.load_state_dict(tensors)
     except (ValueError, TypeError, RuntimeError) as error:  # pydantic's error is a ValueError
-        raise _damaged(
-            folder / WEIGHTS, f"it does not fit the architecture {architecture!r}: {error}"
-        ) from error
+        raise _damaged(folder / WEIGHTS, f"it does not fit the architecture {architecture!r}: {error}") from error
     return coder.eval()
 
 

@@ -160,9 +160,7 @@ def _say(run: Run, rows: ActivationRows, request: Request, settings: Settings) -
         run.notice(f"train: the data is small, so a batch has {settings.batch_size} rows instead of {_BATCH}")
     reads = settings.steps * min(settings.batch_size, counts.train) / counts.train
     if reads > 1.05:
-        run.notice(
-            f"train: each row is read {reads:.1f} times; judge by the held-out numbers, not by the curve"
-        )
+        run.notice(f"train: each row is read {reads:.1f} times; judge by the held-out numbers, not by the curve")
 
 
 def _warn(run: Run, dead: float, measured: Mapping[str, object]) -> None:
@@ -174,9 +172,7 @@ def _warn(run: Run, dead: float, measured: Mapping[str, object]) -> None:
         run.notice(f"train: {dead:.0%} of the latents are dead; use fewer latents (--expansion) or more text")
 
 
-def _record(
-    trainer: Trainer, rows: ActivationRows, origin: Origin, facts: Mapping[str, object]
-) -> dict[str, object]:
+def _record(trainer: Trainer, rows: ActivationRows, origin: Origin, facts: Mapping[str, object]) -> dict[str, object]:
     """training.json: how the SAE was made. Equal runs write equal bytes, so no time or rate is in it."""
     coder = trainer.coder
     threshold = getattr(coder, "threshold", None)

@@ -30,9 +30,7 @@ _UNIT, _FREE = 1.0, 0.1  # row norms at the start
 class ReluConfig(CoderConfig):
     """Settings of `relu`."""
 
-    l1_coefficient: float = Field(
-        0.2, ge=0, description="weight of the L1 penalty, relative to the input's norm"
-    )
+    l1_coefficient: float = Field(0.2, ge=0, description="weight of the L1 penalty, relative to the input's norm")
     l1_warmup_steps: int = Field(0, ge=0, description="steps over which the L1 weight grows to its value")
     decoder_norm_weighted: bool = Field(
         True, description="weight each latent by its decoder norm and leave the norms free; else unit norms"

@@ -27,9 +27,7 @@ class TopKConfig(CoderConfig):
     """Settings of `topk`."""
 
     k: int = Field(32, ge=1, description="active latents a token; at most d_sae")
-    aux_coefficient: float = Field(
-        1 / 32, ge=0, description="weight alpha of the AuxK loss for dead latents; 0 = off"
-    )
+    aux_coefficient: float = Field(1 / 32, ge=0, description="weight alpha of the AuxK loss for dead latents; 0 = off")
 
     @model_validator(mode="after")
     def _k_fits(self) -> TopKConfig:

@@ -159,9 +159,7 @@ class Trainer:
         self.coder = coder.to(self.device).train()
         with torch.no_grad():
             coder.b_dec.copy_(rows.mean * self.scale)
-        self.adam = torch.optim.Adam(
-            coder.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True
-        )
+        self.adam = torch.optim.Adam(coder.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self.since_fired = torch.zeros(coder.config.d_sae, dtype=torch.int64, device=self.device)
         self.step, self.resumed_at, self.tokens = 0, 0, 0
         self.cursor = Cursor()
@@ -268,9 +266,7 @@ class Trainer:
             return
         tensors, state = found
         prefix = "coder."
-        self.coder.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        self.coder.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for name, parameter in self.coder.named_parameters():
             start = f"adam.{name}."
             moments = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}

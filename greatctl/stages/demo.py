@@ -111,7 +111,11 @@ def findings(summaries: Mapping[str, Mapping], features: Path, patches: Path) ->
 
 def _sae_sentence(train: Mapping) -> str:
     recovered = train.get("ce_loss_recovered")
-    spliced = f" and, put in its place, loses {1 - recovered:.0%} of what the layer is worth to the model" if recovered else ""
+    spliced = (
+        f" and, put in its place, loses {1 - recovered:.0%} of what the layer is worth to the model"
+        if recovered
+        else ""
+    )
     return (
         f"With {train['l0']:.0f} of {train['d_sae']:,} latents active a token, the autoencoder explains "
         f"{train['explained_variance']:.0%} of the variance of texts that it has not seen{spliced}; "

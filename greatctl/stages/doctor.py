@@ -47,10 +47,7 @@ def _row(name: str, state: str, found: str, fix: str = "") -> dict[str, str]:
 
 
 def _python() -> dict[str, str]:
-    found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info >= (3, 11):
-        return _row("python", "ok", found)
-    return _row("python", "failed", found, "install Python 3.11 or newer")
+    return _row("python", "ok", ".".join(map(str, sys.version_info[:3])))
 
 
 def _package(name: str, lowest: tuple[int, int]) -> dict[str, str]:
@@ -89,9 +86,7 @@ def _gpu() -> dict[str, str]:
         return _row("gpu", "ok", f"{props.name}, {props.total_memory / 2**30:.0f} GiB")
     if torch.backends.mps.is_available():
         return _row("gpu", "ok", "Apple GPU (mps)")
-    return _row(
-        "gpu", "warning", "none", "fine for the bundled model; Llama 3 8B wants one GPU with 24 GiB or more"
-    )
+    return _row("gpu", "warning", "none", "fine for the bundled model; Llama 3 8B wants one GPU with 24 GiB or more")
 
 
 def _disk(data: Path) -> dict[str, str]:
@@ -122,9 +117,9 @@ def _locks(data: Path) -> dict[str, str]:
 
     folder = data if data.is_dir() else Path(tempfile.gettempdir())
     try:
-        with hold(folder / f"doctor-{os.getpid()}"):
+        with hold(folder / f"doctor-{os.getpid()}", required=True):
             pass
-    except (OSError, NotImplementedError, GreatctlError) as error:
+    except (OSError, GreatctlError) as error:
         return _row("locks", "warning", str(error), "run one greatctl at a time here, or use a local disk")
     finally:
         (folder / f".doctor-{os.getpid()}.lock").unlink(missing_ok=True)
@@ -138,9 +133,12 @@ def _model(project: Project, offline: bool) -> dict[str, str]:
         return _row("model", "ok", name)
     if offline:
         return _row("model", "warning", f"{name}: not asked, --offline", "run doctor without --offline")
-    from .models import check_access
+    from .. import model
+    from .models import resolve
 
+    source, display = resolve(name)
     try:
-        return _row("model", "ok", check_access(name))
+        info = model.describe(source, name=display)
     except GreatctlError as error:
         return _row("model", "warning", f"{name}: {error.message}", error.fix)
+    return _row("model", "ok", f"{display}, {info.n_layers} layers of width {info.d_model}")

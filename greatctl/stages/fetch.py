@@ -49,13 +49,9 @@ class Config(StageConfig):
     character: list[str] = Field([], description="Fetch this character's works (repeatable).")
     control: list[str] = Field([], description="Fetch this control (repeatable).")
     source: list[str] = Field([], description="Fetch this one work (repeatable).")
-    mirror: str | None = Field(
-        None, description="Take the bytes from this base URL: it replaces scheme and host."
-    )
+    mirror: str | None = Field(None, description="Take the bytes from this base URL: it replaces scheme and host.")
     import_file: Path | None = Field(None, description="Bring FILE in as the text of the one --source given.")
-    estimate: bool = Field(
-        False, description="Only say how large text, tokens and activations are; download nothing."
-    )
+    estimate: bool = Field(False, description="Only say how large text, tokens and activations are; download nothing.")
     update: bool = Field(False, description="Ask the hosts again, and take what changed there.")
     pace: float | None = Field(
         None,
@@ -69,15 +65,9 @@ class Config(StageConfig):
         pattern=r"^[\x20-\x7e]*$",
         description="Mail address or URL by which a host can reach you.",
     )
-    timeout: float = Field(
-        30.0, gt=0, le=3600, description="Seconds without a byte before an attempt has failed."
-    )
-    deadline: float = Field(
-        900.0, gt=0, le=86400, description="Seconds for one file, retries and waits included."
-    )
-    d_model: int = Field(
-        4096, ge=1, le=1_000_000, description="Width of the model, for the size of its activations."
-    )
+    timeout: float = Field(30.0, gt=0, le=3600, description="Seconds without a byte before an attempt has failed.")
+    deadline: float = Field(900.0, gt=0, le=86400, description="Seconds for one file, retries and waits included.")
+    d_model: int = Field(4096, ge=1, le=1_000_000, description="Width of the model, for the size of its activations.")
 
 
 def plan(ctx: Context, config: Config) -> Plan:
@@ -128,9 +118,7 @@ def run(ctx: Context, config: Config) -> Result:
     if config.estimate:
         return _estimate(ctx, config, entries)
     if planned.facts["missing"] and not (config.contact or config.mirror or ctx.offline):
-        ctx.run.notice(
-            'no contact is set; hosts like to know whom to write to: [fetch] contact = "you@example.org"'
-        )
+        ctx.run.notice('no contact is set; hosts like to know whom to write to: [fetch] contact = "you@example.org"')
     with hold(ctx.project.raw), _client(ctx, config) as client:
         library = Library(
             ctx.project.raw,
@@ -167,9 +155,7 @@ def _collect(
                 raise
             errors.append(error)
             kept = raw.originals(library.folder / entry.id, entry)
-            row = Row.of(
-                entry, "failed", kept[0] if kept else None, f"{error.message}: {error.why}".rstrip(": ")
-            )
+            row = Row.of(entry, "failed", kept[0] if kept else None, f"{error.message}: {error.why}".rstrip(": "))
         rows.append(row)
         if row.status not in ("up-to-date", "manual"):
             ctx.run.notice(f"{entry.id}: {row.status}" + (f" ({row.why})" if row.why else ""))
@@ -241,9 +227,7 @@ def _summary(config: Config, rows: Sequence[Mapping[str, Any]], texts: Sequence[
 
 def _selected(ctx: Context, config: Config) -> list[Entry]:
     if config.import_file is None:
-        return ctx.project.manifest.select(
-            characters=config.character, controls=config.control, sources=config.source
-        )
+        return ctx.project.manifest.select(characters=config.character, controls=config.control, sources=config.source)
     if len(config.source) != 1 or config.character or config.control or config.estimate:
         raise UsageError(
             "--import brings in one work",
@@ -252,9 +236,7 @@ def _selected(ctx: Context, config: Config) -> list[Entry]:
         )
     path = config.import_file.expanduser()
     if not path.is_file():
-        raise InputError(
-            f"{path} is not a file", why="--import copies this file in", fix="give the path of the file"
-        )
+        raise InputError(f"{path} is not a file", why="--import copies this file in", fix="give the path of the file")
     return [ctx.project.manifest.entry(config.source[0])]
 
 
@@ -265,9 +247,7 @@ def _check_mirror(ctx: Context, config: Config) -> None:
     if config.mirror is None:
         return
     mirror_base(config.mirror)
-    problem = url_problem(config.mirror) or (
-        "" if config.mirror.startswith("https://") else "it is not https"
-    )
+    problem = url_problem(config.mirror) or ("" if config.mirror.startswith("https://") else "it is not https")
     if problem and _from_file(ctx):
         raise ManifestError(
             f"[fetch] mirror = {config.mirror!r} is not allowed in sources.toml",

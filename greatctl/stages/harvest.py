@@ -23,6 +23,7 @@ from ..store.artifact import Artifact, Identity, Work, current, newest, touch, w
 from ..store.files import free_bytes, write_bytes, write_json
 from .context import Context, Plan, Result, StageConfig
 from .models import chosen_model, open_model, slug
+from .workers import Share, adopt, worker_folder
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +43,7 @@ _ROW_BYTES = 12  # window, position and token of a row, int32 each
 class Config(StageConfig):
     """Settings of `greatctl harvest`."""
 
-    model: str | None = Field(
-        None, description="model to read with (default: the one the tokens were made for)"
-    )
+    model: str | None = Field(None, description="model to read with (default: the one the tokens were made for)")
     hook_point: list[str] = Field([], description="where to read, e.g. blocks.4.hook_resid_post (repeatable)")
     layer: int | None = Field(None, description="short for --hook-point blocks.N.hook_resid_post")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -53,6 +52,7 @@ class Config(StageConfig):
     batch_size: int = Field(16, ge=1, description="windows a forward pass")
     engine: Literal["auto", "lean", "transformer-lens"] = Field("auto", description="how the model is run")
     shard_windows: int = Field(256, ge=1, description="windows a shard")
+    worker: str | None = Field(None, description="I/N: make only every Nth shard; the plain command then seals")
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ def run(ctx: Context, config: Config) -> Result:
         ctx.run.notice("harvest: up to date")
         return _result(job, ready, up_to_date=True)
     ctx.run.notice(f"harvest: {reasons[0]}")
+    if share := Share.parse(config.worker):
+        return _work_along(ctx, config, job, share)
     with ExitStack() as stack:
         works = {
             site: stack.enter_context(
@@ -122,6 +124,28 @@ def run(ctx: Context, config: Config) -> Result:
         }
         ready |= _harvest(ctx, config, job, works)
     return _result(job, ready)
+
+
+def _work_along(ctx: Context, config: Config, job: _Job, share: Share) -> Result:
+    """Make the shards of one worker and leave them for the plain command, which seals."""
+    from ..store.shards import ShardWriter
+
+    with ExitStack() as stack:
+        folders = {s: stack.enter_context(worker_folder(job.finals[s], job.identities[s], share)) for s in job.sites}
+        writers = {site: ShardWriter(folder) for site, folder in folders.items()}
+        mine = [n for n in range(len(_spans(config, job))) if share.has(n)]
+        speed, _ = _fill(ctx, config, job, writers, mine)
+    ctx.run.notice("harvest: this worker is done; when all are, run `greatctl harvest` to seal")
+    summary = {
+        "n_tokens": int(job.store.length.sum()),
+        "d_model": job.info.d_model,
+        "hook_point": job.sites[0],
+        "dtype": job.dtype,
+        "shards": len(mine),
+        "tokens_per_second": speed,
+        "worker": config.worker,
+    }
+    return Result(STAGE, None, summary)
 
 
 def _prepare(ctx: Context, config: Config) -> _Job:
@@ -187,9 +211,7 @@ def _sites(config: Config, info: ModelInfo) -> list[str]:
     from ..model.interface import Site
 
     if config.layer is not None and config.hook_point:
-        raise UsageError(
-            "--layer and --hook-point exclude each other", why="both say where to read", fix="drop one"
-        )
+        raise UsageError("--layer and --hook-point exclude each other", why="both say where to read", fix="drop one")
     layer = info.n_layers // 2 if config.layer is None else config.layer
     names = list(dict.fromkeys(config.hook_point)) or [f"blocks.{layer}.hook_resid_post"]
     for name in names:
@@ -208,23 +230,38 @@ def _row_bytes(job: _Job) -> int:
 
 
 def _harvest(ctx: Context, config: Config, job: _Job, works: Mapping[str, Work]) -> dict[str, Artifact]:
-    from ..model.reading import read
     from ..store.shards import ShardWriter
 
-    started = time.monotonic()
     writers = {site: ShardWriter(w.path) for site, w in works.items()}
-    length = job.store.length
-    spans = [
-        range(start, min(start + config.shard_windows, len(length)))
-        for start in range(0, len(length), config.shard_windows)
-    ]
-    rows = [int(length[span.start : span.stop].sum()) for span in spans]
-    missing = {n: [s for s in works if n not in writers[s]] for n in range(len(spans))}
-    _check_disk(job, works, sum(rows[n] * len(sites) for n, sites in missing.items()))
-    total = sum(rows)
+    for site, writer in writers.items():
+        if taken := adopt(job.finals[site], job.identities[site], writer):
+            ctx.run.notice(f"harvest: {taken} shards of {site} come from workers")
+    speed, seconds = _fill(ctx, config, job, writers, range(len(_spans(config, job))))
+    return {s: _seal(job, s, works[s], writers[s], speed=speed, seconds=seconds) for s in works}
+
+
+def _spans(config: Config, job: _Job) -> list[range]:
+    """The windows of each shard."""
+    n = len(job.store.length)
+    return [range(start, min(start + config.shard_windows, n)) for start in range(0, n, config.shard_windows)]
+
+
+def _fill(
+    ctx: Context, config: Config, job: _Job, writers: Mapping[str, ShardWriter], numbers: Sequence[int]
+) -> tuple[float, float]:
+    """Make those of the shards `numbers` that are not there; returns tokens a second and seconds."""
+    from ..model.reading import read
+
+    started = time.monotonic()
+    spans = _spans(config, job)
+    rows = {n: int(job.store.length[spans[n].start : spans[n].stop].sum()) for n in numbers}
+    missing = {n: [s for s, writer in writers.items() if n not in writer] for n in numbers}
+    folder = next(iter(writers.values())).folder
+    _check_disk(job, folder, sum(rows[n] * len(sites) for n, sites in missing.items()))
+    total = sum(rows.values())
     already = done = sum(rows[n] for n, sites in missing.items() if not sites)
     if already < total:
-        frozen = _open(ctx, job, list(works))
+        frozen = _open(ctx, job, list(writers))
         for number, sites in missing.items():
             if not sites:
                 continue
@@ -249,13 +286,11 @@ def _harvest(ctx: Context, config: Config, job: _Job, works: Mapping[str, Work])
             done += rows[number]
             ctx.run.stop_here()
     seconds = time.monotonic() - started
-    speed = round((total - already) / seconds, 1)
-    return {s: _seal(job, s, works[s], writers[s], speed=speed, seconds=seconds) for s in works}
+    return round((total - already) / seconds, 1), seconds
 
 
-def _check_disk(job: _Job, works: Mapping[str, Work], rows: int) -> None:
+def _check_disk(job: _Job, folder: Path, rows: int) -> None:
     """Refuse beforehand what cannot fit: a disk that fills up after an hour is an hour lost."""
-    folder = next(iter(works.values())).path
     needed = rows * _row_bytes(job) * 101 // 100
     free = free_bytes(folder)
     if needed > free:
@@ -302,9 +337,7 @@ def _seal(job: _Job, site: str, w: Work, writer: ShardWriter, *, speed: float, s
     n = max(1, int((real & ~torch.isin(job.store.input_ids, special)).sum()))
     mean = sums[0] / n
     variance = sums[2] / n - mean.square().sum().reshape(1)
-    write_bytes(
-        w.path / "stats.safetensors", save({"mean": mean, "mean_norm": sums[1] / n, "variance": variance})
-    )
+    write_bytes(w.path / "stats.safetensors", save({"mean": mean, "mean_norm": sums[1] / n, "variance": variance}))
     rows = sum(entry.rows for entry in entries)
     meta = {
         "model": job.info.name,

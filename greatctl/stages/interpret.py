@@ -204,9 +204,7 @@ def _find_activations(ctx: Context, sae: _Sae) -> Artifact:
     wanted = dict(sae.sealed.record["inputs"]).get("activations") if sae.sealed else None  # type: ignore[call-overload]
     same = [a for a in found if a.fingerprint == wanted]
     fitting = [
-        a
-        for a in found
-        if sae.hook_point in (None, a.path.name) and _json(a.path / "meta.json")["d_model"] == sae.d_in
+        a for a in found if sae.hook_point in (None, a.path.name) and _json(a.path / "meta.json")["d_model"] == sae.d_in
     ]
     if not same and not fitting:
         raise InputError(
@@ -227,8 +225,7 @@ def _find_tokens(ctx: Context, meta: Mapping) -> Artifact:
     if artifact is None or artifact.fingerprint != meta["tokens"]:
         raise InputError(
             "the activations are out of date",
-            why=f"their tokens ({meta['tokens_name']}) "
-            + ("were made again since" if artifact else "are gone"),
+            why=f"their tokens ({meta['tokens_name']}) " + ("were made again since" if artifact else "are gone"),
             fix="run `greatctl harvest` again",
             where=str(folder),
         )
@@ -298,9 +295,7 @@ def _tables(ctx: Context, config: Config, job: _Job, final: Path, identity: Iden
         alive = tables.fired.nonzero().squeeze(1).tolist()
         unit = "unit" if config.unit == "subject" else "author"
         write_units(w.path, tables, store.documents, unit, alive)
-        found = weigh_latents(
-            tables, store.documents, unit, alive, n_candidates=config.candidates, seed=config.seed
-        )
+        found = weigh_latents(tables, store.documents, unit, alive, n_candidates=config.candidates, seed=config.seed)
         rows = write_hypotheses(w.path, config.concept, config.unit, found)
         keys = ("concept", "latent", "effect", "q_value", "verdict")
         summary = {

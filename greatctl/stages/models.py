@@ -50,9 +50,7 @@ def chosen_model(ctx: Context, value: str | None, *, fallback: str | None = None
     manifest = ctx.project.manifest
     beside = manifest.path.parent
     if value is not None:
-        return resolve(
-            value, base=beside if ctx.origins.get("model", "").startswith("sources.toml") else None
-        )
+        return resolve(value, base=beside if ctx.origins.get("model", "").startswith("sources.toml") else None)
     if fallback is not None:
         return resolve(fallback)
     return resolve(manifest.model_name, base=beside)
@@ -69,9 +67,7 @@ def open_model(
     device = pick_device(ctx.device)
     from .. import model
 
-    return model.load(
-        source, name=display, device=device, dtype=dtype, engine=engine, upto=upto, offline=ctx.offline
-    )
+    return model.load(source, name=display, device=device, dtype=dtype, engine=engine, upto=upto, offline=ctx.offline)
 
 
 def pick_device(wanted: str = "auto") -> str:
@@ -87,9 +83,7 @@ def pick_device(wanted: str = "auto") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = wanted.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
-        raise UsageError(
-            f"unknown device {wanted!r}", why="it is no device", fix="use auto, cpu, cuda, cuda:N or mps"
-        )
+        raise UsageError(f"unknown device {wanted!r}", why="it is no device", fix="use auto, cpu, cuda, cuda:N or mps")
     there = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count(),

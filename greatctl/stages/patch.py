@@ -65,18 +65,14 @@ class Config(StageConfig):
         "both", description="denoising: clean into corrupted; noising: corrupted into clean"
     )
     method: Literal["exact"] = Field("exact", description="exact: one forward pass a cell")
-    model: str | None = Field(
-        None, description="model to patch (default: that of the newest activations or tokens)"
-    )
+    model: str | None = Field(None, description="model to patch (default: that of the newest activations or tokens)")
     batch_cells: int = Field(64, ge=1, description="cells a forward pass; bounds the memory")
     min_gap: float = Field(
         0.01,
         ge=0,
         description="pairs whose clean and corrupted values of the first metric are closer are refused",
     )
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name (PAIRS-SITE)"
-    )
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name (PAIRS-SITE)")
     seed: int = Field(0, ge=0, description="seed of the bootstrap and of the sign flips")
 
 
@@ -247,9 +243,7 @@ def _sweep(
     from ..patching.units import groups
 
     frozen = open_model(ctx, job.info.name)
-    metrics: dict[str, PatchMetric] = {
-        name: ctx.plugins.registry.get("metrics", name)() for name in job.metrics
-    }
+    metrics: dict[str, PatchMetric] = {name: ctx.plugins.registry.get("metrics", name)() for name in job.metrics}
     parts = groups(encoded)
     steps = [(direction, layer) for direction in job.directions for layer in range(frozen.n_layers)]
     already, done = len(units), 0
@@ -295,9 +289,7 @@ def _with_gap(
     return group.select(rows)
 
 
-def _write(
-    folder: Path, config: Config, job: _Job, effects: pa.Table, outcome: _Outcome
-) -> dict[str, object]:
+def _write(folder: Path, config: Config, job: _Job, effects: pa.Table, outcome: _Outcome) -> dict[str, object]:
     """Write the three tables; returns the summary."""
     from ..patching.summary import summary
     from ..patching.tables import cell_table, pair_table

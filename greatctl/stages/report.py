@@ -58,7 +58,9 @@ def plan(ctx: Context, config: Config) -> Plan:
     if sections:
         config_of["sections"] = sha256_bytes(canonical_json(sections).encode())
     final = ctx.project.report
-    return Plan(STAGE, final, Identity(STAGE, config_of, inputs), {"artifacts": len(parts), "path": str(_page(final, config))})
+    return Plan(
+        STAGE, final, Identity(STAGE, config_of, inputs), {"artifacts": len(parts), "path": str(_page(final, config))}
+    )
 
 
 def run(ctx: Context, config: Config) -> Result:

@@ -83,9 +83,7 @@ def _window_losses(
 ) -> tuple[float, int]:
     """Sum of next-token losses (nats) over the real tokens of some windows, and their number."""
     tokens = store.input_ids[windows].long().to(model.device)
-    real = (
-        torch.arange(tokens.shape[1], device=tokens.device) < store.length[windows].to(tokens.device)[:, None]
-    )
+    real = torch.arange(tokens.shape[1], device=tokens.device) < store.length[windows].to(tokens.device)[:, None]
     ordinary = real & ~torch.isin(tokens, special.to(tokens.device))
 
     def splice(value: Tensor) -> Tensor:

@@ -29,9 +29,7 @@ def survey(project: Project) -> list[dict[str, object]]:
         reason = damaged[0] if damaged else _stale(project, stage, artifact)
         state = "damaged" if damaged else ("stale" if reason else "up-to-date")
         size = sum(row["bytes"] for row in artifact.outputs)
-        rows.append(
-            {"stage": stage, "path": str(artifact.path), "state": state, "reason": reason, "bytes": size}
-        )
+        rows.append({"stage": stage, "path": str(artifact.path), "state": state, "reason": reason, "bytes": size})
     return rows
 
 

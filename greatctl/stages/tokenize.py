@@ -38,9 +38,7 @@ class Config(StageConfig):
     model: str | None = Field(None, description="model whose tokenizer is used: hub id, folder or `bundled`")
     window: int = Field(256, ge=8, description="tokens a window, BOS included")
     character: list[str] = Field([], description="only the works of this character (repeatable)")
-    export: list[str] = Field(
-        [], description="also write the windows as pt, datasets or parquet (repeatable)"
-    )
+    export: list[str] = Field([], description="also write the windows as pt, datasets or parquet (repeatable)")
 
     @field_validator("export", mode="before")
     @classmethod

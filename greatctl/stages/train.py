@@ -67,15 +67,11 @@ class Config(StageConfig):
         None, ge=0, description="weight of the dead-latent loss AuxK (topk, batchtopk)"
     )
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    ce_windows: int = Field(
-        64, ge=0, description="held-out windows for the language model's loss; 0 = do not measure"
-    )
+    ce_windows: int = Field(64, ge=0, description="held-out windows for the language model's loss; 0 = do not measure")
     resume: bool = Field(
         False, description="go on with a stopped run (done anyway; refuses if its inputs changed since)"
     )
-    export: Literal["saelens", "pth"] | None = Field(
-        None, description="also write exports/; alone on a finished SAE"
-    )
+    export: Literal["saelens", "pth"] | None = Field(None, description="also write exports/; alone on a finished SAE")
     seed: int = Field(0, ge=0, description="seed of initialisation and shuffle")
 
 
@@ -106,12 +102,7 @@ def plan(ctx: Context, config: Config) -> Plan:
 
 def run(ctx: Context, config: Config) -> Result:
     """Train, or say that nothing changed; `export` on a finished SAE only exports."""
-    if (
-        config.export
-        and config.name
-        and (done := _finished(ctx.project.saes / config.name))
-        and not ctx.force
-    ):
+    if config.export and config.name and (done := _finished(ctx.project.saes / config.name)) and not ctx.force:
         return _exported(ctx, done, config.export)
     job = _prepare(ctx, config)
     final, identity = job.plan.final, job.plan.identity
@@ -171,9 +162,7 @@ def _prepare(ctx: Context, config: Config) -> _Job:
         "weight_bytes": 4 * parameters,
         "training_bytes": 16 * parameters,
     }
-    return _Job(
-        activations, meta, cls, options, length, name, Plan(STAGE, ctx.project.saes / name, identity, facts)
-    )
+    return _Job(activations, meta, cls, options, length, name, Plan(STAGE, ctx.project.saes / name, identity, facts))
 
 
 def _one_of(ctx: Context, config: Config, names: Sequence[str], default: tuple[str, int]) -> tuple[str, int]:
@@ -187,9 +176,7 @@ def _one_of(ctx: Context, config: Config, names: Sequence[str], default: tuple[s
     nearest = [pair for pair, rank in zip(given, ranks, strict=True) if rank == max(ranks)]
     if len(nearest) > 1:
         flags = " and ".join("--" + name.replace("_", "-") for name, _ in nearest)
-        raise UsageError(
-            f"{flags} exclude each other", why="each of them sets the same thing", fix="give one of them"
-        )
+        raise UsageError(f"{flags} exclude each other", why="each of them sets the same thing", fix="give one of them")
     return nearest[0] if nearest else default
 
 
@@ -295,9 +282,7 @@ def _refuse_another(ctx: Context, final: Path, identity: Identity, *, resume: bo
 def _stopped_identity(final: Path) -> dict | None:
     """The identity of an unfinished run in the work folder of `final`, if there is one."""
     try:
-        return json.loads(
-            (final.with_name(f".{final.name}.partial") / "checkpoints" / "identity.json").read_bytes()
-        )
+        return json.loads((final.with_name(f".{final.name}.partial") / "checkpoints" / "identity.json").read_bytes())
     except (OSError, ValueError):
         return None
 

@@ -64,9 +64,7 @@ def host_matches(host: str, patterns: Collection[str]) -> bool:
     `*.example.org`.
     """
     name = host.casefold().rstrip(".")
-    return any(
-        name.endswith(p[1:]) if p.startswith("*.") else name == p for p in (p.casefold() for p in patterns)
-    )
+    return any(name.endswith(p[1:]) if p.startswith("*.") else name == p for p in (p.casefold() for p in patterns))
 
 
 def mirror_base(url: str) -> SplitResult:
@@ -107,9 +105,7 @@ def check(parts: SplitResult, chain: Sequence[str], url: str, hosts: Collection[
     if parts.username is not None or parts.port not in (None, 443):
         raise refusal([*chain, url], "an address with a user name or an unusual port is not allowed")
     if not host_matches(host, hosts):
-        raise refusal(
-            [*chain, url], f"{host or 'no host'} is not among {', '.join(sorted(hosts)) or 'no host at all'}"
-        )
+        raise refusal([*chain, url], f"{host or 'no host'} is not among {', '.join(sorted(hosts)) or 'no host at all'}")
 
 
 def origin(parts: SplitResult) -> tuple[str, str, int]:

@@ -155,7 +155,9 @@ def load(path: Path) -> Artifact:
         record = json.loads(raw)
         if isinstance(record, dict) and isinstance(schema := record.get("schema"), int) and schema > SCHEMA:
             raise InputError(
-                f"{path} was made by a newer greatctl", why=f"schema {schema}, known is {SCHEMA}", fix="upgrade greatctl"
+                f"{path} was made by a newer greatctl",
+                why=f"schema {schema}, known is {SCHEMA}",
+                fix="upgrade greatctl",
             )
         body = {k: v for k, v in record.items() if k != "digest"}
         intact = record["digest"] == _digest(body) and raw == _render(record)

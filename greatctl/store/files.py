@@ -43,9 +43,7 @@ def canonical_json(value: object, *, indent: int | None = None) -> str:
         ValueError: a number is NaN or infinite.
     """
     separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(
-        value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators
-    )
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
 
 
 def sha256_bytes(data: bytes) -> str:

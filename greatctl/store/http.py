@@ -161,9 +161,7 @@ class Client:
         while not part.complete:
             chain: list[str] = []
             try:
-                self._transfer(
-                    url, chain, part, hosts, max_bytes, end, lambda d, t: progress and progress(d, t, kept)
-                )
+                self._transfer(url, chain, part, hosts, max_bytes, end, lambda d, t: progress and progress(d, t, kept))
             except Passing as passing:
                 failures = 1 if part.size > best else failures + 1
                 best = max(best, part.size)
@@ -195,16 +193,12 @@ class Client:
                     write(piece)
                     progress(part.size, part.total or 0)
                     if self._clock() > end:
-                        raise failure(
-                            chain, f"not finished within {self._deadline:,.0f} s; what came is kept"
-                        )
+                        raise failure(chain, f"not finished within {self._deadline:,.0f} s; what came is kept")
             if part.total is not None and part.size != part.total:
                 raise Passing(f"the connection ended after {part.size:,} of {part.total:,} bytes")
         if not part.size:
             part.drop()
-            raise IntegrityError(
-                "the server sent an empty file", why="status 200 and no byte", where=arrows(chain)
-            )
+            raise IntegrityError("the server sent an empty file", why="status 200 and no byte", where=arrows(chain))
         part.finish()
 
     @contextlib.contextmanager
@@ -279,9 +273,7 @@ class Client:
         except (_Refused, httpx2.InvalidURL) as refused:
             raise refusal(chain, str(refused)) from None
         except (OSError, UnicodeError) as error:  # of the resolver
-            why = (
-                f"the name {parts.hostname} cannot be resolved ({getattr(error, 'strerror', None) or error})"
-            )
+            why = f"the name {parts.hostname} cannot be resolved ({getattr(error, 'strerror', None) or error})"
             self._manners.down(parts.netloc, why)
             raise failure(chain, why) from error
 
@@ -337,9 +329,7 @@ def _one_connection() -> httpx2.BaseTransport:
     return httpx2.HTTPTransport(limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1))
 
 
-def _accept(
-    answer: httpx2.Response, part: Part, chain: list[str], canonical: list[str], max_bytes: int
-) -> None:
+def _accept(answer: httpx2.Response, part: Part, chain: list[str], canonical: list[str], max_bytes: int) -> None:
     """Check status and headers, and make `part` ready for the body that follows."""
     status, headers = answer.status_code, answer.headers
     etag = headers.get("ETag")
@@ -366,9 +356,7 @@ def _accept(
         )
     if headers.get("Content-Encoding", "identity") != "identity":
         part.drop()
-        raise IntegrityError(
-            "the server sent an encoded body", why="identity was asked for", where=arrows(chain)
-        )
+        raise IntegrityError("the server sent an encoded body", why="identity was asked for", where=arrows(chain))
     if (part.total or 0) > max_bytes:
         part.drop()
         raise _too_large(chain, max_bytes)

@@ -17,18 +17,23 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import LockedError
+from ..errors import LockedError, ResourceError
 from .files import disk_errors, make_dir
 
 __all__ = ["hold"]
 
 
 @contextmanager
-def hold(target: Path) -> Iterator[None]:
+def hold(target: Path, *, required: bool = False) -> Iterator[None]:
     """Hold the lock of the artifact folder `target` (`.NAME.lock` beside it) for the length of the block.
+
+    Args:
+        required: refuse where the file system has no locks (parallel workers); otherwise go on without one, which
+            `greatctl doctor` warns about.
 
     Raises:
         LockedError: another process holds it; names pid, host, start and command.
+        ResourceError: `required`, and the file system has no locks.
     """
     make_dir(target.parent)
     lock = FileLock(target.parent / f".{target.name}.lock", timeout=0)
@@ -38,6 +43,15 @@ def hold(target: Path) -> Iterator[None]:
             lock.acquire()
     except Timeout:
         raise _refusal(target, holder) from None
+    except NotImplementedError as error:
+        if required:
+            raise ResourceError(
+                f"the file system of {target.parent} has no locks",
+                why=str(error),
+                fix="run without --worker, or put the data on a local disk with --data-dir",
+                where=str(target.parent),
+                code="no-locks",
+            ) from error
     try:
         holder.write_text(json.dumps(_myself()))
         yield

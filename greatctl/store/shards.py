@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from ..errors import IntegrityError
-from .files import canonical_json, disk_errors, sha256_bytes, sha256_file, sweep, write_bytes, write_text
+from .files import canonical_json, disk_errors, fsync_dir, sha256_bytes, sha256_file, sweep, write_bytes, write_text
 
 __all__ = ["INDEX", "ShardEntry", "ShardReader", "ShardWriter"]
 
@@ -67,6 +67,16 @@ class ShardWriter:
             os.fsync(stream.fileno())
         self._entries[number] = entry
         return entry
+
+    def take(self, other: ShardWriter) -> int:
+        """Move in the shards of another writer's folder that are not here yet; returns how many."""
+        wanted = [e for n, e in sorted(other._entries.items()) if n not in self._entries]
+        for entry in wanted:
+            (other.folder / entry.name).replace(self.folder / entry.name)
+            self._entries[entry.number] = entry
+        fsync_dir(self.folder)
+        self._rewrite()
+        return len(wanted)
 
     def finish(self) -> list[ShardEntry]:
         """Rewrite the index in order of shard number; returns its entries."""

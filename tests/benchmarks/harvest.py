@@ -196,9 +196,7 @@ def wrap(hf: LlamaForCausalLM, device: str, dtype: torch.dtype) -> Any:
 
     backend = ByteLevelBPETokenizer()._tokenizer
     with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
-            folder
-        )
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
         hf.config.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return TransformerBridge.boot_transformers(

@@ -51,9 +51,7 @@ def main() -> None:
         rows["greatctl"] = timed(args, lambda: ours(model, pair, args))
         rows["TransformerLens"] = timed(args, lambda: theirs(copy.deepcopy(model), pair, args))
     cells = args.layers * p
-    print(
-        f"resid_pre, {args.layers} layers x {p} positions = {cells} cells, d_model {args.d_model}, ", end=""
-    )
+    print(f"resid_pre, {args.layers} layers x {p} positions = {cells} cells, d_model {args.d_model}, ", end="")
     print(f"{args.dtype}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':24}{'seconds':>10}{'ms/cell':>10}{'x ours':>10}{'largest difference':>22}")
     mine, table = rows["greatctl"]
@@ -64,9 +62,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The shape; the default is the small CPU case."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"layers": 8, "positions": 24, "d_model": 256, "d_mlp": 688, "heads": 8, "kv_heads": 2}
     for name, default in {**sizes, "vocabulary": 4096, "batch_cells": 64}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
@@ -147,25 +143,19 @@ def ours(model: LlamaForCausalLM, pair: EncodedPair, args: argparse.Namespace) -
     return time.perf_counter() - start, torch.stack(rows)
 
 
-def theirs(
-    model: LlamaForCausalLM, pair: EncodedPair, args: argparse.Namespace
-) -> tuple[float, torch.Tensor]:
+def theirs(model: LlamaForCausalLM, pair: EncodedPair, args: argparse.Namespace) -> tuple[float, torch.Tensor]:
     """TransformerLens on a copy, which it wraps in place; the wrapping is not counted."""
     from transformer_lens import patching
     from transformer_lens.model_bridge import TransformerBridge
 
     words = Tokenizer(WordLevel({"<s>": 0}, "<s>"))
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # it loads a tokenizer again from disk, though only ids are passed
+    with tempfile.TemporaryDirectory() as folder:  # it loads a tokenizer again from disk, though only ids are passed
         PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(folder)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(
             "random", hf_model=model, tokenizer=tokenizer, device=args.device, dtype=model.dtype
         )
-    clean, corrupted = (
-        torch.tensor([ids], device=args.device) for ids in (pair.clean_ids, pair.corrupted_ids)
-    )
+    clean, corrupted = (torch.tensor([ids], device=args.device) for ids in (pair.clean_ids, pair.corrupted_ids))
 
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return (logits[0, -1, pair.answer_id] - logits[0, -1, pair.wrong_answer_id]).float()

@@ -26,6 +26,9 @@ def register(app: typer.Typer) -> None:
         layer: Annotated[int | None, Option(help="Short for blocks.N.hook_resid_post.")] = None,
         dtype: Annotated[str | None, Option(help="float32, bfloat16, float16 or auto.")] = None,
         batch_size: Annotated[int | None, Option(help="Windows a forward pass.")] = None,
+        worker: Annotated[
+            str | None, Option(metavar="I/N", help="Make every Nth shard only; then harvest seals.")
+        ] = None,
         engine: Annotated[str | None, Option(help="auto, lean or transformer-lens.")] = None,
     ) -> None:
         """Run the frozen model over every window and store the activations of one or more hook points."""

@@ -22,7 +22,9 @@ def register(app: typer.Typer) -> None:
 
     @stage_command(app, "interpret", EXAMPLES)
     def interpret(
-        text: Annotated[str | None, Option(metavar="SNIPPET", help="Show the top latents of each token of a snippet.")] = None,
+        text: Annotated[
+            str | None, Option(metavar="SNIPPET", help="Show the top latents of each token of a snippet.")
+        ] = None,
         top_k: Annotated[int | None, Option(help="Latents a token with --text (default 10).")] = None,
         sae: Annotated[str | None, Option(metavar="NAME_OR_DIR", help="Default: the newest.")] = None,
         latent: Annotated[int | None, Option(metavar="N", help="Print one latent as a page.")] = None,

@@ -23,13 +23,19 @@ def register(app: typer.Typer) -> None:
 
     @stage_command(app, "patch", EXAMPLES)
     def patch(
-        metric: Annotated[list[str] | None, Option(metavar="NAME", help="logit-diff (default), prob, prob-diff, kl, …")] = None,
-        pairs: Annotated[str | None, Option(metavar="NAME_OR_FILE", help="greatness (default), composure, ambition, a file.")] = None,
+        metric: Annotated[
+            list[str] | None, Option(metavar="NAME", help="logit-diff (default), prob, prob-diff, kl, …")
+        ] = None,
+        pairs: Annotated[
+            str | None, Option(metavar="NAME_OR_FILE", help="greatness (default), composure, ambition, a file.")
+        ] = None,
         clean: Annotated[str | None, Option(metavar="TEXT", help="One pair by hand: the target prompt.")] = None,
         corrupted: Annotated[str | None, Option(metavar="TEXT", help="The baseline prompt, equally long.")] = None,
         answer: Annotated[str | None, Option(metavar="TOKEN", help="What the target makes likelier.")] = None,
         wrong_answer: Annotated[str | None, Option(metavar="TOKEN", help="What it is weighed against.")] = None,
-        site: Annotated[str | None, Option(help="resid_pre (default), resid_mid, resid_post, attn_out, mlp_out.")] = None,
+        site: Annotated[
+            str | None, Option(help="resid_pre (default), resid_mid, resid_post, attn_out, mlp_out.")
+        ] = None,
         direction: Annotated[str | None, Option(help="denoising, noising or both (default).")] = None,
         method: Annotated[str | None, Option(help="exact.")] = None,
         model: Annotated[str | None, Option(metavar="NAME_OR_DIR", help="Default: the model of the tokens.")] = None,

@@ -22,7 +22,9 @@ def register(app: typer.Typer) -> None:
 
     @stage_command(app, "train", EXAMPLES)
     def train(
-        arch: Annotated[str | None, Option(metavar="NAME", help="batchtopk (default), topk, relu, or a plugin's.")] = None,
+        arch: Annotated[
+            str | None, Option(metavar="NAME", help="batchtopk (default), topk, relu, or a plugin's.")
+        ] = None,
         expansion: Annotated[int | None, Option(help="d_sae as a multiple of d_model (default 8).")] = None,
         d_sae: Annotated[int | None, Option(help="Number of latents, instead of --expansion.")] = None,
         k: Annotated[int | None, Option(help="Active latents a token (topk, batchtopk).")] = None,
@@ -32,10 +34,14 @@ def register(app: typer.Typer) -> None:
         epochs: Annotated[float | None, Option(help="Length of the run in passes over the data (default 4).")] = None,
         lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
         batch_size: Annotated[int | None, Option(help="Tokens a step.")] = None,
-        hook_point: Annotated[str | None, Option(metavar="NAME", help="Which activations (default: the newest).")] = None,
+        hook_point: Annotated[
+            str | None, Option(metavar="NAME", help="Which activations (default: the newest).")
+        ] = None,
         checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
         resume: Annotated[bool, Option("--resume", help="Go on with a stopped run (the default).")] = False,
         name: Annotated[str | None, Option(help="Folder under results/saes (default ARCH-DSAE-kK-HOOK).")] = None,
-        export: Annotated[str | None, Option(metavar="FORMAT", help="saelens or pth; on a finished SAE only exports.")] = None,
+        export: Annotated[
+            str | None, Option(metavar="FORMAT", help="saelens or pth; on a finished SAE only exports.")
+        ] = None,
     ) -> None:
         """Train a sparse autoencoder; resumes to the bit, and is saved as a SAELens folder."""

@@ -20,5 +20,7 @@ def render_plan(plan: Any, origins: Mapping[str, Any]) -> RenderableType:
     if plan.final is not None:
         lines.append(("would make", str(plan.final)))
     return Group(
-        literal(f"{plan.stage}: a dry run; nothing was done", "bold"), facts(lines), table(["setting", "value", "from"], rows)
+        literal(f"{plan.stage}: a dry run; nothing was done", "bold"),
+        facts(lines),
+        table(["setting", "value", "from"], rows),
     )

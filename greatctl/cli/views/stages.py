@@ -48,7 +48,10 @@ def _interpret(result: Result) -> RenderableType:
         for r in list(result.summary["hypotheses"])[:15]  # type: ignore[call-overload]
     ]
     head = [(k.replace("_", " "), v) for k, v in result.summary.items() if isinstance(v, int | float | str)]
-    parts: list[RenderableType] = [facts(head), table(["concept", "latent", "effect", "q", "verdict"], rows, right=(1, 2, 3))]
+    parts: list[RenderableType] = [
+        facts(head),
+        table(["concept", "latent", "effect", "q", "verdict"], rows, right=(1, 2, 3)),
+    ]
     missing = list(view.get("missing") or [])  # type: ignore[call-overload]
     if missing:
         parts.append(literal("baselines missing: " + ", ".join(missing), "dim"))
@@ -93,7 +96,9 @@ def _panel(panel: Mapping) -> RenderableType:
     noising = panel["neutral"] == 1.0
     sense = "destroyed by" if noising else "restored by"
     title = f"{panel['metric']}, {panel['direction']}: per cent of the difference {sense} the patch"
-    columns = [f"{label.strip()[:6]}\n{place}" for label, place in zip(panel["labels"], panel["positions"], strict=True)]
+    columns = [
+        f"{label.strip()[:6]}\n{place}" for label, place in zip(panel["labels"], panel["positions"], strict=True)
+    ]
     rows = [
         (str(layer), [None if v is None else (1 - v if noising else v) for v in values])
         for layer, values in enumerate(panel["matrix"])

@@ -52,7 +52,9 @@ def size(count: int | None) -> str:
     return ""
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[int] = (), title: str = "") -> Table:
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[int] = (), title: str = ""
+) -> Table:
     """A plain table; cells are shown literally, and a cell that is a known state gets its colour."""
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left", title_style="bold")
     for index, header in enumerate(headers):
