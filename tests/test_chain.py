@@ -175,6 +175,33 @@ def test_a_polite_signal_stops_after_a_checkpoint(
     assert not (project / "results" / "saes" / "long").exists()
 
 
+def test_a_second_signal_stops_at_once_and_a_hangup_after_a_checkpoint(demo: Path, tmp_path: Path) -> None:
+    words = ["train", "--steps", "4000", "--d-sae", "256", "--batch-size", "256", "--name", "long"]
+    for signals, codes in (([signal.SIGINT, signal.SIGINT], (130,)), ([signal.SIGHUP], (129,))):
+        project = _copy(demo, tmp_path / str(len(signals)))
+        process = _spawn(project, *words)
+        _wait_for((project / "results" / "saes" / ".long.partial").is_dir, process)
+        began = time.monotonic()
+        for number in signals:
+            process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode in codes
+        assert time.monotonic() - began < 30
+        assert not (project / "results" / "saes" / "long").exists()
+
+
+def test_a_paused_run_goes_on(greatctl: Greatctl, demo: Path, tmp_path: Path) -> None:
+    project = _copy(demo, tmp_path)
+    words = ["train", "--steps", "20", "--d-sae", "64", "--k", "4", "--batch-size", "128", "--name", "paused"]
+    process = _spawn(project, *words)
+    _wait_for((project / "results" / "saes" / ".paused.partial").is_dir, process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
 def test_two_processes_on_one_artifact_are_told_apart(greatctl: Greatctl, demo: Path, tmp_path: Path) -> None:
     project = _copy(demo, tmp_path)
     words = ["train", "--steps", "4000", "--d-sae", "256", "--batch-size", "256", "--name", "mine"]

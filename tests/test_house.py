@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from greatctl.cli.commands import NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "greatctl"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -120,7 +122,7 @@ def test_nothing_unpickles() -> None:
                 assert ast.unparse(node.value) == "False", f"{path.name}:{node.lineno}"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], *[[c, "--help"] for c in ("fetch", "train", "patch")]])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *[[c, "--help"] for c in NAMES]])
 def test_help_works_where_importing_torch_raises(words: list[str]) -> None:
     program = (
         "import sys\n"

@@ -16,6 +16,8 @@ from .options import Root
 
 __all__ = ["app", "run"]
 
+_given: list[Root] = []  # the root options of this call, for the crash file
+
 app = typer.Typer(
     name="greatctl",
     help="Reads great and ordinary lives with a frozen language model and asks which sparse-autoencoder latents carry "
@@ -58,7 +60,10 @@ def root(
     ] = False,
 ) -> None:
     """Root options; each command finds them in its context."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported
     ctx.obj = Root(project, data_dir, results_dir, tuple(plugin or ()), no_plugins, offline, debug)
+    _given.append(ctx.obj)
 
 
 def _register() -> None:
@@ -108,12 +113,14 @@ def _as_error(problem: BaseException) -> GreatctlError:
     if isinstance(problem, typer.TyperException):
         message = problem.format_message() or "no command was given"
         return UsageError(message, fix="greatctl --help  (or --help after a command) lists what can be said")
-    if isinstance(problem, MemoryError):
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # the latter is torch's
         from ..errors import ResourceError
 
         return ResourceError(
             "out of memory", why=str(problem), fix="use a smaller --batch-size, or a machine with more memory"
         )
+    if isinstance(problem, OSError) and (known := _disk_error(problem)):
+        return known
     return BugError(
         f"greatctl met something it did not expect: {type(problem).__name__}: {problem}",
         why="this is a fault of greatctl, not of your input",
@@ -121,9 +128,24 @@ def _as_error(problem: BaseException) -> GreatctlError:
     )
 
 
+def _disk_error(problem: OSError) -> GreatctlError | None:
+    """A full or unwritable disk, met outside the places that expect one."""
+    from ..store.files import disk_errors
+
+    try:
+        with disk_errors(Path(str(problem.filename or ".")).absolute()):
+            raise problem
+    except GreatctlError as error:
+        return error
+    except OSError:
+        return None
+
+
 def _crash_file(problem: BaseException) -> Path | str:
     """Keep the traceback (no values of variables, so no secrets) beside the results; returns where."""
-    folder = Path(os.environ.get("GREATCTL_RESULTS_DIR") or "results") / "logs"
+    root = _given[-1] if _given else Root()
+    named = root.results_dir or os.environ.get("GREATCTL_RESULTS_DIR")
+    folder = (Path(named) if named else (root.project or Path()) / "results") / "logs"
     path = folder / f"crash-{os.getpid()}.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,6 @@ def run_chain(
     first, last = STAGES.index(start), STAGES.index(end)
     if first > last:
         raise UsageError(f"{start} comes after {end}", fix=f"greatctl run --from {end} --to {start}")
-    if root.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
     project = open_project(root, quiet=common.quiet)
     plugins = open_plugins(root, project, quiet=common.quiet)
     results = []
@@ -47,6 +45,7 @@ def run_demo(root: Root, folder: Path, common: Common) -> dict[str, object]:
     from ..stages.demo import findings, make_project
 
     began = time.perf_counter()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     imports = make_project(folder.absolute())
     inside = Root(folder, root.data_dir, root.results_dir, root.plugins, root.no_plugins, True, root.debug)
     if not common.quiet:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from .text import literal, visible
+from .text import paragraphs, visible
 
 if TYPE_CHECKING:
     from ..errors import GreatctlError
@@ -53,11 +53,11 @@ def print_error(error: GreatctlError, *, as_json: bool) -> None:
         return
     text = Text()
     text.append("error: ", "bold red")
-    text.append(f"{error.where}: " if error.where and error.where not in error.message else "", "dim")
+    text.append(visible(f"{error.where}: ") if error.where and error.where not in error.message else "", "dim")
     text.append(visible(error.message) + "\n")
     for label, words in (("why", error.why), ("fix", error.fix)):
         if words:
             text.append(f"  {label}: ", "bold")
-            text.append_text(literal(words)).append("\n")
+            text.append_text(paragraphs(words.replace("\n", "\n       "))).append("\n")
     text.append(f"  [{error.name}]", "dim")
     stderr().print(text)

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar with ETA on a terminal, a line now and then elsewhere."""
+"""A running stage as seen on stderr: a bar that knows the time left on a terminal, a line every quarter minute in a log."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import InterruptedRun, ManifestError
+from ..errors import ManifestError
 from ..events import Event, Run, StopRequest
 from .options import Common, Root
 from .output import document, print_document, print_result, stderr
@@ -91,8 +91,6 @@ def prepare(
 
 def run_stage(root: Root, stage: str, flags: Mapping[str, Any], common: Common) -> None:
     """Run one stage (or show its plan) and print the result; exits with the stage's code."""
-    if root.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported
     project = open_project(root, quiet=common.quiet)
     plugins = open_plugins(root, project, quiet=common.quiet)
     with running(stage, plugins, quiet=common.quiet) as run:
@@ -121,15 +119,14 @@ def running(stage: str, plugins: Plugins, *, quiet: bool) -> Iterator[Run]:
             stop.request(number)
             display(Event("notice", stage, "stopping at the next safe point (once more to stop at once)"))
 
-        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        before = {number: signal.signal(number, on_signal) for number in signals}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup keeps its word
+        before = {number: signal.signal(number, on_signal) for number in heard}
         try:
             yield Run(stage, emit, stop)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    if stop.signal_number is not None:
-        raise InterruptedRun(stop.signal_number)
 
 
 def show(result: Result, *, as_json: bool) -> None:

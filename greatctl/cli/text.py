@@ -10,7 +10,7 @@ import unicodedata
 
 from rich.text import Text
 
-__all__ = ["literal", "visible"]
+__all__ = ["literal", "paragraphs", "visible"]
 
 _BIDI = {"\u200e", "\u200f", "\u061c", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 
@@ -32,3 +32,8 @@ def visible(text: str) -> str:
 def literal(text: object, style: str = "") -> Text:
     """A Rich text that shows `text` as it is, never as markup."""
     return Text(visible(str(text)), style=style)
+
+
+def paragraphs(text: object, style: str = "") -> Text:
+    """As `literal`, but line breaks break lines: for words of greatctl's own that may quote foreign text."""
+    return Text("\n".join(visible(line) for line in str(text).splitlines()), style=style)

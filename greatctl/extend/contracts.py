@@ -129,7 +129,7 @@ class Answers:
 
 @runtime_checkable
 class PatchMetric(Protocol):
-    """Logits in, one number per example out, unreduced; the host normalises, bootstraps and reports.
+    """Gives each example its own number; means, intervals and normalising are the host's work.
 
     Attributes:
         name: the value of `--metric`.

@@ -60,7 +60,7 @@ def _refusal(repo: str, error: BaseException, offline: bool) -> GreatctlError:
     status = responses[0].status_code if responses else None
     steps = (
         f"1. accept the licence at https://huggingface.co/{repo}; "
-        "2. set HF_TOKEN (or run `huggingface-cli login`); or use `--model bundled`"
+        "2. set HF_TOKEN (or run `hf auth login`); or use `--model bundled`"
     )
     if status in (401, 403):
         token = "the token was refused" if get_token() else "no token was sent"

@@ -31,6 +31,11 @@ def register(app: typer.Typer) -> None:
             Path | None, Option("--import", metavar="FILE", help="Bring a manual source's text (with one --source).")
         ] = None,
         estimate: Annotated[bool, Option("--estimate", help="Only say how much there is.")] = False,
+        pace: Annotated[float | None, Option(help="Seconds between two requests to one host (default 2).")] = None,
+        contact: Annotated[str | None, Option(help="Who you are, for the User-Agent: an address or a page.")] = None,
+        timeout: Annotated[float | None, Option(help="Seconds without an answer before a retry.")] = None,
+        deadline: Annotated[float | None, Option(help="Seconds after which a file is given up (default 900).")] = None,
+        d_model: Annotated[int | None, Option(help="Width of the model, for the size of its activations.")] = None,
         update: Annotated[bool, Option("--update", help="Accept texts that changed upstream.")] = False,
     ) -> None:
         """Fetch the primary texts of the manifest: polite, resumable, checked.

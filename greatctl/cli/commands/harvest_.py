@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
         layer: Annotated[int | None, Option(help="Short for blocks.N.hook_resid_post.")] = None,
         dtype: Annotated[str | None, Option(help="float32, bfloat16, float16 or auto.")] = None,
         batch_size: Annotated[int | None, Option(help="Windows a forward pass.")] = None,
+        shard_windows: Annotated[int | None, Option(help="Windows a shard (default 256).")] = None,
         worker: Annotated[
             str | None, Option(metavar="I/N", help="Make every Nth shard only; then harvest seals.")
         ] = None,

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         from ...manifest import packaged_path
         from ...store.files import make_dir, write_bytes
         from ..output import document, print_document, stdout
-        from ..text import literal
+        from ..text import paragraphs
 
         root: Root = ctx.obj or Root()
         target = (root.project or Path()).absolute() / "sources.toml"
@@ -37,4 +37,4 @@ def register(app: typer.Typer) -> None:
         if as_json:
             print_document(document("init", target, {"manifest": str(target)}))
         else:
-            stdout().print(literal(f"wrote {target}\nnext: greatctl fetch --estimate, then greatctl fetch"))
+            stdout().print(paragraphs(f"wrote {target}\nnext: greatctl fetch --estimate, then greatctl fetch"))

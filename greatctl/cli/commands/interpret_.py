@@ -13,7 +13,7 @@ EXAMPLES = (
     "greatctl interpret",
     'greatctl interpret --text "He kept his head when all about him were losing theirs." --top-k 5',
     "greatctl interpret --latent 118",
-    "greatctl interpret --sae topk-2048-k32-blocks.3.hook_resid_post --json",
+    "greatctl interpret --sae topk-2048-k32-blocks.4.hook_resid_post --json",
 )
 
 
@@ -28,6 +28,11 @@ def register(app: typer.Typer) -> None:
         top_k: Annotated[int | None, Option(help="Latents a token with --text (default 10).")] = None,
         sae: Annotated[str | None, Option(metavar="NAME_OR_DIR", help="Default: the newest.")] = None,
         latent: Annotated[int | None, Option(metavar="N", help="Print one latent as a page.")] = None,
+        unit: Annotated[
+            str | None, Option(help="author (default), or subject where one author wrote everything.")
+        ] = None,
+        examples: Annotated[int | None, Option(help="Passages kept of each latent (default 10).")] = None,
+        candidates: Annotated[int | None, Option(help="Latents written down as hypotheses (default 64).")] = None,
         concept: Annotated[str | None, Option(metavar="NAME", help="Default greatness.")] = None,
     ) -> None:
         """Read latents: a snippet token by token, one latent as a page, or all of them against the controls."""

@@ -38,6 +38,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
         direction: Annotated[str | None, Option(help="denoising, noising or both (default).")] = None,
         method: Annotated[str | None, Option(help="exact.")] = None,
+        min_gap: Annotated[
+            float | None, Option(help="Refuse pairs whose two runs differ by less (default 0.01).")
+        ] = None,
+        batch_cells: Annotated[int | None, Option(help="Cells a forward pass; bounds the memory.")] = None,
         model: Annotated[str | None, Option(metavar="NAME_OR_DIR", help="Default: the model of the tokens.")] = None,
         name: Annotated[str | None, Option(help="Folder under results/patches (default PAIRS-SITE).")] = None,
     ) -> None:

@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     def report(
         open_browser: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
         output: Annotated[Path | None, Option("--output", metavar="FILE", help="Also write a copy here.")] = None,
+        latents: Annotated[int | None, Option(help="Latents shown as cards (default 24).")] = None,
         format: Annotated[str | None, Option("--format", help="html (default) or json.")] = None,
     ) -> None:
         """Write one self-contained HTML file: corpus, training, features, contrasts, patch maps, provenance."""

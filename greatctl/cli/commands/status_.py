@@ -1,4 +1,4 @@
-"""`greatctl status`: what is done, what is stale, and why."""
+"""`greatctl status`: the state of every artifact, and the reason where it is not good."""
 
 from __future__ import annotations
 

@@ -31,11 +31,20 @@ def register(app: typer.Typer) -> None:
         l1_coefficient: Annotated[float | None, Option(help="Weight of the L1 penalty (relu).")] = None,
         steps: Annotated[int | None, Option(help="Length of the run in steps.")] = None,
         tokens: Annotated[int | None, Option(help="Length of the run in tokens.")] = None,
-        epochs: Annotated[float | None, Option(help="Length of the run in passes over the data (default 4).")] = None,
+        epochs: Annotated[int | None, Option(help="Length of the run in passes over the data (default 4).")] = None,
         lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
         batch_size: Annotated[int | None, Option(help="Tokens a step.")] = None,
         hook_point: Annotated[
             str | None, Option(metavar="NAME", help="Which activations (default: the newest).")
+        ] = None,
+        ce_windows: Annotated[
+            int | None, Option(help="Held-out windows for the model's own loss; 0: do not measure.")
+        ] = None,
+        aux_coefficient: Annotated[
+            float | None, Option(help="Weight of the dead-latent loss (topk, batchtopk).")
+        ] = None,
+        decoder_norm_weighted: Annotated[
+            bool | None, Option("--decoder-norm-weighted", help="Weight the L1 penalty by decoder norms (relu).")
         ] = None,
         checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
         resume: Annotated[bool, Option("--resume", help="Go on with a stopped run (the default).")] = False,

@@ -16,7 +16,7 @@ __all__ = ["render_chain", "render_demo"]
 
 
 def render_chain(results: Sequence[Any]) -> RenderableType:
-    """One row a stage: what it said in one line, and where its artifact is."""
+    """One row a stage: whether there was something to do, and where its artifact is."""
     rows = [(r.stage, "up-to-date" if r.up_to_date else "done", str(r.artifact or "")) for r in results]
     return table(["stage", "state", "artifact"], rows)
 

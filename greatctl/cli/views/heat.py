@@ -7,16 +7,20 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.color import Color
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from ..text import visible
 
-__all__ = ["heat_map", "heat_strip"]
+__all__ = ["HeatMap", "heat_strip"]
+
+_WIDE, _LABEL = 5, 8  # characters a column and of the layer's label
 
 
 def heat_strip(tokens: Sequence[str], strength: Sequence[float]) -> Text:
@@ -28,15 +32,34 @@ def heat_strip(tokens: Sequence[str], strength: Sequence[float]) -> Text:
     return text
 
 
-def heat_map(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]) -> Table:
-    """A map of normalised effects in per cent, one row a layer; a cell that was not measured is a dot."""
-    view = Table(box=box.SIMPLE_HEAD, title=visible(title), title_justify="left", title_style="bold", padding=(0, 0))
-    view.add_column("layer", justify="right", style="dim")
-    for column in columns:
-        view.add_column("\n".join(map(visible, column.split("\n"))), justify="right", min_width=4, no_wrap=True)
-    for label, values in rows:
-        view.add_row(label, *(_cell(value) for value in values))
-    return view
+@dataclass(frozen=True)
+class HeatMap:
+    """A map of shares in per cent, one row a layer; a cell that was not measured is a dot.
+
+    Where the terminal is too narrow the last columns are shown, since the answer is read at the end.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fit = max(1, (options.max_width - _LABEL) // _WIDE)
+        first = max(0, len(self.columns) - fit)
+        view = Table(
+            box=box.SIMPLE_HEAD, title=visible(self.title), title_justify="left", title_style="bold", padding=(0, 0)
+        )
+        view.add_column("layer", justify="right", style="dim", no_wrap=True)
+        for column in self.columns[first:]:
+            name = "\n".join(map(visible, column.split("\n")))
+            view.add_column(name, justify="right", width=_WIDE - 1, no_wrap=True)
+        for label, values in self.rows:
+            view.add_row(label, *(_cell(value) for value in values[first:]))
+        yield view
+        if first:
+            yield Text(
+                f"  (the first {first} of {len(self.columns)} positions do not fit; they are in cells.parquet)", "dim"
+            )
 
 
 def _cell(value: float | None) -> Text:

@@ -19,8 +19,11 @@ def render_plan(plan: Any, origins: Mapping[str, Any]) -> RenderableType:
     lines = [(name, value) for name, value in plan.facts.items() if not isinstance(value, list | dict)]
     if plan.final is not None:
         lines.append(("would make", str(plan.final)))
+    lists = [rows for rows in plan.facts.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    items = [table(list(found[0]), [[str(row[k]) for k in found[0]] for row in found]) for found in lists]
     return Group(
         literal(f"{plan.stage}: a dry run; nothing was done", "bold"),
         facts(lines),
+        *items,
         table(["setting", "value", "from"], rows),
     )

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 
 from ...stages.context import Result
 from ..text import literal
-from .heat import heat_map, heat_strip
+from .heat import HeatMap, heat_strip
 from .table import facts, number, size, table
 
 __all__ = ["VIEWS"]
@@ -103,7 +103,7 @@ def _panel(panel: Mapping) -> RenderableType:
         (str(layer), [None if v is None else (1 - v if noising else v) for v in values])
         for layer, values in enumerate(panel["matrix"])
     ]
-    return heat_map(title, columns, rows)
+    return HeatMap(title, columns, rows)
 
 
 VIEWS: dict[str, Callable[[Result], RenderableType]] = {
