@@ -7,6 +7,7 @@ those of the stage's own schema; this file knows no setting by name, except the 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,9 +179,20 @@ def _from_file(field: FieldInfo, value: object, stage: str, name: str, manifest:
         why, fix = _reason(error.errors(include_url=False)[0], value)
         _bad_value(name, value, why, manifest.where(stage, name), stage, fix)
     base = manifest.path.absolute().parent
-    if isinstance(value, str) and (_has(field.annotation, Path) or value.startswith(("./", "../"))):
+    if isinstance(value, str) and (_has(field.annotation, Path) or _is_beside(value, base)):
         return str(base / Path(value).expanduser())
     return value
+
+
+def _is_beside(value: str, base: Path) -> bool:
+    """Whether a word that may be a path or a name (a model, an SAE, pairs) is a path that starts at `base`.
+
+    A plain word stays a name, whatever lies there; `texts/mine` and `mine.toml` are paths where there is such a thing.
+    """
+    if value.startswith(("./", "../")):
+        return True
+    place = os.path.join(base, value)  # os.path: asking about a text that can be no path at all is no error
+    return os.path.exists(place) if "/" in value else "." in value and os.path.isfile(place)
 
 
 def _bad_value(name: str, value: object, why: str, where: str, stage: str, fix: str = "") -> NoReturn:

@@ -119,6 +119,9 @@ def test_one_edited_setting_makes_its_stage_and_the_later_ones_stale(
     states = {r["stage"]: (r["state"], r["reason"]) for r in rows}
     assert states["tokenize"][0] == states["harvest"][0] == "up-to-date"
     assert states["train"] == ("stale", "config.k 32 -> 16")
+    assert states["interpret"][0] == "stale" and states["interpret"][1].endswith("which is stale")
+    assert states["report"][0] == "stale" and "made from" in states["report"][1]
+    assert states["patch"][0] == "up-to-date"
 
 
 def test_a_moved_project_stays_up_to_date(greatctl: Greatctl, demo: Path, tmp_path: Path) -> None:

@@ -509,10 +509,10 @@ def test_the_estimate_counts_without_downloading_and_sets_the_fifty_gigabytes_ri
     assert mirror.log() == [] and list(bench.root.iterdir()) == []
     bench.run(source=[SMALL], mirror=mirror.url)
     estimate = row(bench.run(source=[SMALL], estimate=True), SMALL)
-    assert (estimate["status"], estimate["text_bytes"]) == (
-        "on-disk",
-        (bench.folder(SMALL) / "text.txt").stat().st_size,
-    )
+    size = (bench.folder(SMALL) / "text.txt").stat().st_size
+    assert (estimate["status"], estimate["state"], estimate["text_bytes"]) == ("up-to-date", "on-disk", size)
+    rows: Any = result.summary["sources"]
+    assert {(r["status"], r["state"]) for r in rows} == {(None, "missing"), ("manual", "missing")}
 
 
 def test_the_plan_lists_addresses_and_bytes_and_touches_nothing(bench: Bench, mirror: Mirror) -> None:

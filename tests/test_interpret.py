@@ -15,6 +15,8 @@ from greatctl import manifest
 from greatctl.corpus.windows import build
 from greatctl.errors import InputError, IntegrityError, InterruptedRun, ManifestError, UsageError
 from greatctl.events import Run
+from greatctl.extend.manager import load_plugins
+from greatctl.extend.registry import Item
 from greatctl.features.hypotheses import BASELINES
 from greatctl.model.loading import load, revision_of
 from greatctl.sae.folder import Origin, save
@@ -218,6 +220,7 @@ def test_one_latent_is_a_page(world: Context, tables) -> None:
     assert {"density", "max", "units", "top_logits", "examples", "contrast"} <= set(result.summary)
     assert result.summary["examples"][0]["rank"] == 0 and len(result.summary["units"]) == len(SIX)
     json.dumps(result.summary, allow_nan=False)
+    assert (result.summary["n_latents"], result.summary["hypotheses"]) == (D_SAE, tables.summary["hypotheses"])
     assert result.view["page"]["latent"] == latent and "verdict" in result.view["page"]["facts"]
 
 
@@ -275,6 +278,58 @@ def test_an_sae_folder_from_elsewhere_is_read_by_its_path(world: Context, tmp_pa
     assert max(row["latent"] for row in result.summary["top"]) < 16
     plan = interpret.plan(world, Config(sae=str(folder)))
     assert plan.final == world.project.features / "foreign" and plan.facts["d_sae"] == 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_sae": None},
+        {"d_sae": "many"},
+        {"d_in": 0},
+        {"metadata": {"hook_name": 4}},
+        {"metadata": ["odd"], "d_in": []},
+    ],
+)
+def test_an_odd_cfg_from_elsewhere_is_refused(world: Context, tmp_path: Path, changes: dict) -> None:
+    folder = tmp_path / "odd"
+    save(folder, TopK(TopK.Config(d_in=32, d_sae=16, k=2)), 1.0, Origin("bundled", SITE, WINDOW))
+    cfg = json.loads((folder / "cfg.json").read_text())
+    write_json(folder / "cfg.json", {k: v for k, v in {**cfg, **changes}.items() if v is not None})
+    with pytest.raises(InputError, match="not that of an SAE") as caught:
+        interpret.plan(world, Config(sae=str(folder)))
+    assert caught.value.exit_code == 5
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    ctx = make_world(tmp_path, {"great-0": "character"})
+    training = {"arch": "topk", "hook_point": SITE, "model": str(tmp_path / "model")}
+    write_json(tmp_path / "sae" / "training.json", {**training, "model_revision": revision_of(str(tmp_path / "model"))})
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / "sae" / name).write_bytes((ctx.project.saes / "tiny" / name).read_bytes())
+    text = Config(text="He rose.", sae=str(tmp_path / "sae"))
+    assert interpret.run(ctx, text).summary["top"]
+    save_tiny(tmp_path / "model", seed=1)
+    for config in (text, Config()):
+        with pytest.raises(InputError, match="is not the model that was harvested"):
+            interpret.run(ctx, config)
+    write_json(tmp_path / "sae" / "training.json", {**training, "model_revision": "another"})
+    with pytest.raises(InputError, match="no activations that sae can read"):
+        interpret.plan(ctx, Config(sae=str(tmp_path / "sae")))
+
+
+def test_the_plugin_that_reads_an_sae_is_part_of_what_the_features_are(world: Context, tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    save(folder, TopK(TopK.Config(d_in=32, d_sae=16, k=2)), 1.0, Origin("bundled", SITE, WINDOW))
+    cfg = json.loads((folder / "cfg.json").read_text())
+    write_json(folder / "cfg.json", {**cfg, "architecture": "odd"})
+    plugins = load_plugins(folder=None, enabled=False)
+    template = Item("", "", "", "odd", digest="d1")
+    plugins.registry.registrar("architectures", template)("odd", "odd:Odd")
+    ctx = replace(world, plugins=plugins)
+    identity = interpret.plan(ctx, Config(sae=str(folder))).identity
+    assert identity is not None and identity.plugins == {"architectures/odd": "d1"}
+    identity = interpret.plan(ctx, Config()).identity
+    assert identity is not None and identity.plugins == {}
 
 
 def test_two_characters_and_two_controls_are_underpowered_not_an_error(tmp_path: Path) -> None:

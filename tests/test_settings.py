@@ -184,3 +184,20 @@ def test_folders_follow_the_same_order_and_are_absolute(tmp_path: Path, monkeypa
     data, results, origins = project_paths(root, told, Path("flag"), None, env)
     assert (data, results) == (elsewhere / "flag", elsewhere / "r")
     assert origins == {"data_dir": "flag --data-dir", "results_dir": "env GREATCTL_RESULTS_DIR"}
+
+
+def test_a_path_in_the_file_starts_at_the_file_and_a_name_stays_a_name(tmp_path: Path) -> None:
+    (tmp_path / "saes" / "mine").mkdir(parents=True)
+    (tmp_path / "bundled").mkdir()
+    (tmp_path / "mine.toml").write_text("")
+    cases = {
+        "saes/mine": str(tmp_path / "saes" / "mine"),
+        "mine.toml": str(tmp_path / "mine.toml"),
+        "./other": str(tmp_path / "other"),
+        "bundled": "bundled",
+        "org/name": "org/name",
+        "x" * 5000 + "/y": "x" * 5000 + "/y",
+    }
+    for value, wanted in cases.items():
+        assert settle(tmp_path, f'[train]\nmodel = "{value}"\n').config.model == wanted
+    assert settle(tmp_path, flags={"model": "saes/mine"}).config.model == "saes/mine"

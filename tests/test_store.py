@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from greatctl.errors import InputError, IntegrityError, LockedError, ManifestError, ResourceError
-from greatctl.store import files
+from greatctl.store import artifact, files
 from greatctl.store.artifact import Identity, current, load, newest, sealed_under, touch, work
 from greatctl.store.lock import hold
 from greatctl.store.shards import INDEX, ShardReader, ShardWriter
@@ -55,8 +55,8 @@ def test_sealed_artifact_is_up_to_date_and_the_first_difference_is_named(tmp_pat
     final = tmp_path / "a"
     assert current(final, IDENTITY) == (None, "not made yet")
     _make(final)
-    artifact, reason = current(final, IDENTITY)
-    assert artifact is not None and reason == ""
+    found, reason = current(final, IDENTITY)
+    assert found is not None and reason == ""
     assert current(final, Identity("harvest", {"k": 32, "seed": 0}, {"tokens": "abc"}))[1] == "config.k 64 -> 32"
     assert current(final, Identity("harvest", {"k": 64, "seed": 0}, {"tokens": "x"}))[1] == "inputs.tokens changed"
 
@@ -73,6 +73,46 @@ def test_copied_and_touched_project_stays_up_to_date(tmp_path: Path) -> None:
     for path in (tmp_path / "copy").iterdir():
         os.utime(path, (4e9, 4e9))  # a clock in the future
     assert current(tmp_path / "copy", IDENTITY)[0] is not None
+
+
+def test_copied_project_is_hashed_once_and_a_flip_after_that_is_still_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _make(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    hashed: list[Path] = []
+    real = artifact.sha256_file
+    monkeypatch.setattr(artifact, "sha256_file", lambda path: (hashed.append(path), real(path))[1])
+    for expected in (4, 4):  # three shards and the index, the first time only
+        assert current(tmp_path / "copy", IDENTITY)[0] is not None
+        assert len(hashed) == expected
+    path = tmp_path / "copy" / "shard-00000.safetensors"
+    stat = path.stat()
+    time.sleep(0.02)  # the file system's clock ticks in hundredths of a second
+    _flip(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load(tmp_path / "copy").damaged() == ["shard-00000.safetensors (content differs from its sha256)"]
+
+
+def test_damage_in_a_copy_is_not_noted_as_sound(tmp_path: Path) -> None:
+    _make(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    _flip(tmp_path / "copy" / "shard-00000.safetensors")
+    before = (tmp_path / "copy" / "run.json").read_bytes()
+    for _ in range(2):
+        assert load(tmp_path / "copy").damaged()
+    assert (tmp_path / "copy" / "run.json").read_bytes() == before
+
+
+def test_project_on_a_read_only_disk_can_be_read_and_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _make(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    files.write_json(tmp_path / "copy" / "work.json", {"fingerprint": IDENTITY.fingerprint, "discard": []})
+    for name in ("fsync", "unlink", "replace"):
+        monkeypatch.setattr(os, name, _failing(errno.EROFS))
+    found = current(tmp_path / "copy", IDENTITY)[0]
+    assert found is not None
+    touch(found)
 
 
 @pytest.mark.parametrize("name", ["shard-00001.safetensors", INDEX])
@@ -108,6 +148,24 @@ def test_record_edited_by_hand_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a" / "artifact.json").write_text(content)
     with pytest.raises(IntegrityError):
         load(tmp_path / "a")
+
+
+def test_enormous_record_is_refused_without_being_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _make(tmp_path / "a")
+    for name in ("artifact.json", "run.json"):
+        with (tmp_path / "a" / name).open("r+b") as stream:
+            stream.truncate(100_000_000)
+    real = json.loads
+
+    def small_only(text: bytes) -> object:
+        assert len(text) < 1_000_000
+        return real(text)
+
+    monkeypatch.setattr(json, "loads", small_only)
+    with pytest.raises(IntegrityError, match=r"artifact\.json"):
+        load(tmp_path / "a")
+    assert sealed_under(tmp_path) == []
+    _make(tmp_path / "b")  # and its run.json does not disturb a neighbour
 
 
 def test_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
@@ -226,10 +284,20 @@ def test_kill_around_the_final_swap_loses_nothing(tmp_path: Path, point: str) ->
     (tmp_path / "b").rename(tmp_path / ".a.partial")
     if point == "between":
         final.rename(tmp_path / ".a.old")
-    with work(final, newer):
-        kept = current(final, newer if point == "between" else IDENTITY)[0]
-        assert kept is not None
+    with work(final, newer) as w:
+        assert w.resumed
+        assert all(n in ShardWriter(w.path) for n in range(3))
     assert not (tmp_path / ".a.old").exists()
+
+
+def test_an_artifact_that_was_sealed_but_not_yet_in_place_is_put_there_before_other_work(tmp_path: Path) -> None:
+    final, newer = tmp_path / "a", Identity("harvest", {"k": 1, "seed": 0}, {"tokens": "abc"})
+    _make(final)
+    _make(tmp_path / "b", identity=newer)
+    (tmp_path / "b").rename(tmp_path / ".a.partial")
+    with work(final, IDENTITY) as w:
+        assert not w.resumed
+        assert current(final, newer)[0] is not None
 
 
 def test_second_process_is_told_who_holds_the_lock_and_a_killed_holder_frees_it(tmp_path: Path) -> None:
@@ -261,6 +329,33 @@ def test_newest_is_what_was_made_or_asked_for_last_whatever_the_clock_says(tmp_p
     assert newest(tmp_path, "train") is None
 
 
+def test_newest_is_right_across_models_copies_and_lost_notes(tmp_path: Path) -> None:
+    root = tmp_path / "data" / "activations"
+    for name in ("big/x", "small/y", "big/z", "small/w"):
+        _make(root / name)
+    assert [a.path.name for a in sealed_under(root)] == ["x", "y", "z", "w"]
+    touch(load(root / "big" / "x"))
+    found = newest(root, "harvest")
+    assert found is not None and found.path.name == "x"
+    shutil.copytree(root, tmp_path / "elsewhere" / "activations")
+    root = tmp_path / "elsewhere" / "activations"
+    touch(load(root / "small" / "y"))
+    assert [a.path.name for a in sealed_under(root)] == ["z", "w", "x", "y"]
+    (root / "small" / "y" / "run.json").unlink()
+    (root / "small" / "w" / "run.json").write_text('{"sequence": "many"}')
+    assert [a.path.name for a in sealed_under(root)] == ["w", "y", "z", "x"]
+    touch(load(root / "small" / "w"))
+    found = newest(root, "harvest")
+    assert found is not None and found.path.name == "w"
+
+
+def _failing(number: int) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def _failing_fsync(number: int) -> Callable[[int], None]:
     def fail(handle: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -288,6 +383,51 @@ def test_disk_errors_leave_the_old_file_and_no_partial(
     assert raised.value.fix
     assert (tmp_path / "x").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "exit_code"), [(errno.ENOSPC, ResourceError, 9), (errno.EXDEV, ManifestError, 3)]
+)
+@pytest.mark.parametrize("step", ["seal", "settle", "reopen", "take"])
+def test_rename_that_fails_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, error: type, exit_code: int
+) -> None:
+    final = tmp_path / "a"
+    _make(final)
+    if step == "settle":
+        final.rename(tmp_path / ".a.old")
+    if step == "reopen":
+        (final / INDEX).unlink()
+    with pytest.raises(error) as raised:
+        if step == "take":
+            here, there = ShardWriter(tmp_path / "here"), ShardWriter(tmp_path / "there")
+            there.write(0, _shard(0), 4)
+            monkeypatch.setattr(here, "_rewrite", lambda: None)
+            monkeypatch.setattr(os, "replace", _failing(number))
+            here.take(there)
+        else:
+            monkeypatch.setattr(os, "rename", _failing(number))
+            _make(final, identity=Identity("harvest", {"k": 1}) if step == "seal" else IDENTITY)
+    assert raised.value.exit_code == exit_code and raised.value.fix
+
+
+def test_full_disk_at_the_holder_is_told_and_frees_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", _failing(errno.ENOSPC))
+        with pytest.raises(ResourceError, match="disk is full"), hold(tmp_path / "a"):
+            pass
+    with hold(tmp_path / "a"):
+        assert (tmp_path / ".a.holder").exists()
+
+
+@pytest.mark.parametrize(("total", "left", "said"), [(1000, 0, True), (1000, 5, False), (0, 0, False)])
+def test_disk_without_inodes_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, left: int, said: bool
+) -> None:
+    monkeypatch.setattr(files, "_inodes", lambda folder: (total, left))
+    with pytest.raises(ResourceError) as raised, files.disk_errors(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "full")
+    assert ("inodes" in raised.value.why) is said and raised.value.exit_code == 9
 
 
 def test_full_disk_during_a_shard_is_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

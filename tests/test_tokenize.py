@@ -130,6 +130,10 @@ def make_again(project: Any) -> Any:
     return replace(project, manifest=manifest.load(project.root / "sources.toml"))
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def test_equal_runs_give_equal_bytes(tmp_path: Path, folder: Path) -> None:
     more = {"export": ["pt", "parquet", "datasets"]}
     made(tmp_path / "a", folder, **more)
@@ -137,6 +141,24 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path, folder: Path) -> None:
     one, other = (load(tmp_path / name / "data/tokens/tiny-16") for name in "ab")
     assert one.outputs == other.outputs
     assert one.fingerprint == other.fingerprint
+    assert files_of(one.path / "exports") == files_of(other.path / "exports")
+
+
+def test_an_export_is_no_part_of_what_the_tokens_are(tmp_path: Path, folder: Path) -> None:
+    store, _ = made(tmp_path, folder)
+    before = load(store.path).record
+    _, summary = made(tmp_path, folder, export=["pt"])
+    exports = store.path / "exports"
+    assert summary["export"] == [str(exports / f"{stem}_chunks_16.pt") for stem in ("darwin_a", "wood_b", "still_c")]
+    written = files_of(exports)
+    assert load(store.path).check().record == before
+    (exports / "darwin_a_chunks_16.pt").unlink()
+    assert load(store.path).damaged(deep=True) == []
+    made(tmp_path, folder, export=["pt"])
+    assert files_of(exports) == written
+    (store.path / "documents.parquet").write_bytes(b"")
+    made(tmp_path, folder)
+    assert load(store.path).record == before
 
 
 def test_a_subset_is_a_folder_of_its_own(tmp_path: Path, folder: Path) -> None:

@@ -21,9 +21,10 @@ from greatctl.errors import InputError, IntegrityError, InterruptedRun, Manifest
 from greatctl.events import Run
 from greatctl.extend.manager import load_plugins
 from greatctl.sae.folder import load as load_sae
-from greatctl.stages import splice, train
+from greatctl.stages import models, splice, train
 from greatctl.stages.context import Context, Project
 from greatctl.store import artifact
+from greatctl.store.files import write_bytes
 from greatctl.store.tables import read_columns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_folder_holds_the_sae_its_curve_and_how_it_was_made(root: Path) -> None:
     result, notices = run(root, epochs=None, steps=200, lr=2e-3)
-    folder = root / "results" / "saes" / "topk-32-k3-blocks-1-hook-resid-post"
+    folder = root / "results" / "saes" / "topk-32-k3-blocks.1.hook_resid_post"
     assert result.artifact == folder
     names = {"cfg.json", "sae_weights.safetensors", "metrics.parquet", "evaluation.json", "training.json"}
     assert set(contents(folder)) == {*names, "artifact.json"}
@@ -125,11 +126,35 @@ def test_the_same_again_is_up_to_date_and_another_configuration_needs_force(root
     assert other.artifact.name == "other"
 
 
-def test_new_activations_make_the_sae_stale_and_it_is_trained_again(own: Path) -> None:
+def reharvested(root: Path, **identity) -> None:
+    """The activations sealed anew with the same bytes, as another harvest of the same tokens would."""
+    folder = root / "data" / "activations" / "toy" / HOOK
+    files = contents(folder)
+    with artifact.work(folder, artifact.Identity("harvest", {"again": True}), fresh=True) as w:
+        for name, data in files.items():
+            if name != "artifact.json":
+                write_bytes(w.path / name, data)
+        meta = {**json.loads(files["meta.json"]), **identity}
+        write_bytes(w.path / "meta.json", json.dumps(meta).encode())
+        w.seal({})
+
+
+def test_activations_harvested_again_make_the_sae_stale_and_it_is_trained_again(own: Path) -> None:
     run(own)
-    project(own, planted(1200, dictionary(32, 16)))
+    reharvested(own)
     result, notices = run(own)
     assert not result.up_to_date and "train: inputs.activations changed" in notices[0]
+
+
+def test_another_model_under_the_same_name_needs_force_and_other_texts_make_it_stale(own: Path) -> None:
+    run(own)
+    reharvested(own, model_revision="r2")
+    with pytest.raises(InputError) as caught:
+        run(own)
+    assert (caught.value.exit_code, caught.value.why) == (5, "model_revision r1 -> r2")
+    assert not run(own, force=True)[0].up_to_date and run(own)[0].up_to_date
+    project(own, planted(1200, dictionary(32, 16)))
+    assert not run(own)[0].up_to_date and run(own)[0].up_to_date
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(root: Path) -> None:
@@ -259,7 +284,7 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(shared: Path, tm
     assert killed.wait() == -signal.SIGKILL
     assert artifact.sealed_under(saes) == []
     assert child(tmp_path / "killed", arch).wait(timeout=240) == 0 == straight_run.wait(timeout=240)
-    name = f"{arch}-32-k3-blocks-1-hook-resid-post"
+    name = f"{arch}-32-k3-blocks.1.hook_resid_post"
     straight, again = (contents(tmp_path / who / "results" / "saes" / name) for who in ("straight", "killed"))
     assert straight.keys() == again.keys()
     assert [n for n in straight if straight[n] != again[n]] == []
@@ -288,7 +313,7 @@ def test_the_spliced_loss_edits_ordinary_positions_alone(root: Path, monkeypatch
     from greatctl.corpus.windows import TokenStore
 
     toy = Toy()
-    monkeypatch.setattr(splice, "open_model", lambda ctx, name: toy)
+    monkeypatch.setattr(models, "open_model", lambda ctx, name, **more: toy)
     ctx, _ = context(root)
     store = TokenStore(root / "data" / "tokens" / "toy-17")
     meta = {"model": "toy", "model_revision": "r1", "hook_point": HOOK, "special_ids": [0, 1]}
@@ -315,12 +340,12 @@ def test_the_spliced_loss_edits_ordinary_positions_alone(root: Path, monkeypatch
 def test_the_loss_recovered_is_in_the_summary_and_another_revision_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(splice, "open_model", lambda ctx, name: Toy())
+    monkeypatch.setattr(models, "open_model", lambda ctx, name, **more: Toy())
     result, _ = run(root, ce_windows=4)
     assert isinstance(result.summary["ce_loss_recovered"], float)
     measured = json.loads((result.artifact / "evaluation.json").read_text())
     assert measured["ce_clean"] > 0 and measured["ce_zero"] > 0
     other = SimpleNamespace(revision="r2-is-another-one")
-    monkeypatch.setattr(splice, "open_model", lambda ctx, name: other)
+    monkeypatch.setattr(models, "open_model", lambda ctx, name, **more: other)
     with pytest.raises(InputError, match="not the model that was harvested"):
         run(root, ce_windows=4, name="again")

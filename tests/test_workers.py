@@ -33,7 +33,8 @@ def single(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Mapping[st
 
 
 def _left_over(project: Project) -> list[str]:
-    return [p.name for p in (project.activations / "tiny").iterdir() if "worker" in p.name or "partial" in p.name]
+    """Folders of work; lock files stay, since another process may hold or await one."""
+    return [p.name for p in (project.activations / "tiny").iterdir() if p.name.startswith(".") and p.is_dir()]
 
 
 def test_two_workers_and_a_sealing_run_give_the_bytes_of_one(
@@ -100,6 +101,65 @@ def test_workers_are_refused_where_the_file_system_has_no_locks(
     with pytest.raises(ResourceError, match="no locks"):
         harvest.run(context(project), config(worker="1/2"))
     assert harvest.run(context(project), config()).artifact is not None  # alone, it goes on without one
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(folder, number) of every shard that is written from now on."""
+    written: list[tuple[str, int]] = []
+    write = shards.ShardWriter.write
+
+    def counts(self: Any, number: int, *rest: Any) -> Any:
+        written.append((self.folder.name, number))
+        return write(self, number, *rest)
+
+    monkeypatch.setattr(shards.ShardWriter, "write", counts)
+    return written
+
+
+def test_a_bad_share_is_refused_even_when_everything_is_up_to_date(tmp_path: Path, folder: Path) -> None:
+    project = tokenized(tmp_path, folder)
+    harvest.run(context(project), config())
+    for command in (harvest.run, harvest.plan):
+        with pytest.raises(UsageError, match="not a worker"):
+            command(context(project), config(worker="3/2"))
+    assert harvest.run(context(project), config(worker="1/2")).up_to_date
+
+
+def test_forced_workers_make_their_shards_again_and_a_forced_run_seals_them(
+    tmp_path: Path, folder: Path, single: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tokenized(tmp_path, folder)
+    harvest.run(context(project), config())
+    written = _counted(monkeypatch)
+    for worker in ("1/2", "1/2", "2/2"):
+        harvest.run(context(project, force=True), config(worker=worker))
+    n = len(single) - 3  # besides the shards: index, meta and stats
+    assert len(written) == n + (n + 1) // 2  # the first share twice
+    monkeypatch.setattr(harvest, "_open", lambda *a: pytest.fail("every shard was there, so no model is needed"))
+    assert not harvest.run(context(project, force=True), config()).up_to_date
+    assert outputs(project) == single and _left_over(project) == []
+
+
+def test_a_worker_makes_only_the_hook_points_that_are_not_up_to_date(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, other = tokenized(tmp_path, folder), "blocks.0.hook_resid_post"
+    harvest.run(context(project), config())
+    written = _counted(monkeypatch)
+    both = config(hook_point=[SITE, other], worker="1/1")
+    assert harvest.run(context(project), both).summary["hook_point"] == other
+    assert {name for name, _ in written} == {f".{other}.worker-1-of-1"}
+    harvest.run(context(project), config(hook_point=[SITE, other]))
+    assert _left_over(project) == []
+
+
+def test_lock_files_stay_so_that_two_processes_never_hold_one_each(tmp_path: Path, folder: Path) -> None:
+    project = tokenized(tmp_path, folder)
+    harvest.run(context(project), config(worker="1/2"))
+    path = project.activations / "tiny" / f"..{SITE}.worker-1-of-2.lock"
+    inode = path.stat().st_ino
+    harvest.run(context(project), config())
+    assert path.stat().st_ino == inode
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])

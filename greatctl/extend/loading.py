@@ -27,6 +27,7 @@ from ..errors import GreatctlError, UsageError
 __all__ = [
     "Candidate",
     "Loaded",
+    "code_digest",
     "describe",
     "forget",
     "from_path",
@@ -113,7 +114,7 @@ def _entry_point_loader(point: metadata.EntryPoint, distribution: str, version: 
         module = sys.modules[point.module]
         top = sys.modules[point.module.partition(".")[0]]
         file = Path(top.__file__ or module.__file__ or "")  # a namespace package has no file of its own
-        code = _digest(file.parent if file.name == "__init__.py" else file)
+        code = code_digest(file.parent if file.name == "__init__.py" else file)
         digest = hashlib.sha256(f"{distribution}\n{version}\n{code}".encode()).hexdigest()
         return Loaded(plugin, version, digest, module.__package__)
 
@@ -175,13 +176,13 @@ def _load_file(path: Path, name: str) -> Loaded:
     assert spec is not None and spec.loader is not None  # both were just given
     module: ModuleType = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: relative imports and dataclasses look themselves up here
-    digest = _digest(path)
+    digest = code_digest(path)
     spec.loader.exec_module(module)
     version = getattr(module, "__version__", None)
     return Loaded(module, None if version is None else str(version), digest, module.__package__)
 
 
-def _digest(path: Path) -> str:
+def code_digest(path: Path) -> str:
     """sha256 of a file, or of the names and bytes of a folder's files (caches and hidden files left out)."""
     if not path.is_dir():
         return hashlib.sha256(path.read_bytes()).hexdigest()

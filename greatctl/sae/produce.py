@@ -6,7 +6,6 @@ in folding or saving shows up in the numbers.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +89,8 @@ def produce(
     facts: Mapping[str, object] | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, object]:
-    """Train in `folder` (taking up its checkpoints) and write the SAE and its tables there.
+    """Train in `folder` (taking up its checkpoints) and write the SAE and its tables there; whoever seals the folder
+    discards the checkpoints.
 
     Args:
         ce: see `greatctl.sae.evaluate.cross_entropy`; None = not measured.
@@ -120,7 +120,6 @@ def produce(
     write_json(folder / "evaluation.json", measured)
     write_json(folder / "training.json", _record(trainer, rows, origin, facts or {}))
     write_table(folder / "metrics.parquet", _columns(trainer.log))
-    shutil.rmtree(folder / CHECKPOINTS)
     return {
         "arch": coder.name,
         "d_sae": coder.config.d_sae,

@@ -1,7 +1,7 @@
 """What every stage is handed, and what it hands back.
 
-A stage has typed settings (`Config`), a `plan` that touches nothing (what would be made, from what, how large) and a `run`, which
-begins with that very plan; so what `--dry-run` prints is what happens.
+A stage has typed settings (`Config`), a `plan` that touches nothing (what would be made, from what, how large) and a
+`run`, which begins with that very plan; so what `--dry-run` prints is what happens.
 """
 
 from __future__ import annotations

@@ -164,8 +164,8 @@ def _patch_sentence(patch: Mapping, patches: Path) -> str:
     before = by_layer[0]
     p = f", family-wise p = {here['p_max_t']:.2g}" if here["p_max_t"] is not None else ""
     return (
-        f"The words that tell target from baseline prompts stand before the last one; at layer {before['layer']} restoring the last "
-        f"position alone brings back {before['normalised_effect'] or 0:.0%} of the difference in {patch['metric']}, at layer "
+        f"The words that tell target from baseline prompts stand before the last one; at layer {before['layer']} "
+        f"restoring the last position alone brings back {before['normalised_effect'] or 0:.0%} of the difference in {patch['metric']}, at layer "
         f"{here['layer']} {here['normalised_effect'] or 0:.0%} ({here['n_pairs']} pairs, {patch['n_refused']} refused{p}). "
         "That says where this small model carries the difference; it does not say that the place is about greatness."
     )

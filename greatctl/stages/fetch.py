@@ -199,12 +199,15 @@ def _estimate(ctx: Context, config: Config, entries: Sequence[Entry]) -> Result:
     for entry in entries:
         text, measured = size.text_size(entry, ctx.project.raw / entry.id)
         texts.append(text)
+        source, _ = _maybe_source(ctx, entry)
+        by_hand = source is not None and not source.hosts
         rows.append(
             {
                 "id": entry.id,
                 "character": entry.character,
                 "role": entry.role,
-                "status": "on-disk" if measured else "missing",
+                "status": "up-to-date" if measured else "manual" if by_hand else None,
+                "state": "on-disk" if measured else "missing",
                 "bytes": size.file_bytes(entry),
                 "sha256": None,
                 "text_bytes": text,

@@ -66,6 +66,7 @@ class _Job:
     dtype: str
     identities: Mapping[str, Identity]
     finals: Mapping[str, Path]
+    share: Share | None
 
     @property
     def sites(self) -> list[str]:
@@ -78,7 +79,7 @@ def plan(ctx: Context, config: Config) -> Plan:
     Raises:
         InputError: no tokens yet, or they were made with another tokenizer.
         ManifestError: a layer is out of range, or the windows are longer than the model's context.
-        UsageError: an unknown hook point.
+        UsageError: an unknown hook point, or a worker that cannot be.
         AccessError: the model is gated or not cached.
     """
     job = _prepare(ctx, config)
@@ -112,8 +113,8 @@ def run(ctx: Context, config: Config) -> Result:
         ctx.run.notice("harvest: up to date")
         return _result(job, ready, up_to_date=True)
     ctx.run.notice(f"harvest: {reasons[0]}")
-    if share := Share.parse(config.worker):
-        return _work_along(ctx, config, job, share)
+    if job.share:
+        return _work_along(ctx, config, job, job.share, [site for site in job.sites if site not in ready])
     with ExitStack() as stack:
         works = {
             site: stack.enter_context(
@@ -126,20 +127,24 @@ def run(ctx: Context, config: Config) -> Result:
     return _result(job, ready)
 
 
-def _work_along(ctx: Context, config: Config, job: _Job, share: Share) -> Result:
-    """Make the shards of one worker and leave them for the plain command, which seals."""
+def _work_along(ctx: Context, config: Config, job: _Job, share: Share, sites: Sequence[str]) -> Result:
+    """Make the shards of one worker for `sites` and leave them for the plain command, which seals."""
     from ..store.shards import ShardWriter
 
     with ExitStack() as stack:
-        folders = {s: stack.enter_context(worker_folder(job.finals[s], job.identities[s], share)) for s in job.sites}
+        folders = {
+            s: stack.enter_context(worker_folder(job.finals[s], job.identities[s], share, fresh=ctx.force))
+            for s in sites
+        }
         writers = {site: ShardWriter(folder) for site, folder in folders.items()}
         mine = [n for n in range(len(_spans(config, job))) if share.has(n)]
         speed, _ = _fill(ctx, config, job, writers, mine)
-    ctx.run.notice("harvest: this worker is done; when all are, run `greatctl harvest` to seal")
+    command = "greatctl harvest --force" if ctx.force else "greatctl harvest"
+    ctx.run.notice(f"harvest: this worker is done; when all are, run `{command}` to seal")
     summary = {
         "n_tokens": int(job.store.length.sum()),
         "d_model": job.info.d_model,
-        "hook_point": job.sites[0],
+        "hook_point": sites[0],
         "dtype": job.dtype,
         "shards": len(mine),
         "tokens_per_second": speed,
@@ -149,6 +154,7 @@ def _work_along(ctx: Context, config: Config, job: _Job, share: Share) -> Result
 
 
 def _prepare(ctx: Context, config: Config) -> _Job:
+    share = Share.parse(config.worker)
     tokens = newest(ctx.project.tokens, "tokenize")
     if tokens is None:
         raise InputError(
@@ -184,7 +190,7 @@ def _prepare(ctx: Context, config: Config) -> _Job:
         for site in sites
     }
     finals = {site: ctx.project.activations / slug(name) / site for site in sites}
-    return _Job(tokens, store, info, engine, dtype, identities, finals)
+    return _Job(tokens, store, info, engine, dtype, identities, finals, share)
 
 
 def _match(store: TokenStore, source: str | Path, info: ModelInfo, ctx: Context) -> None:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..errors import InputError, ManifestError, UsageError, did_you_mean
-from ..store.artifact import Artifact, Identity, current, load, sealed_under, touch, work
-from ..store.files import sha256_file
+from ..store.artifact import Artifact, Identity, current, load, touch, work
 from .context import Context, Plan, Result, StageConfig
+from .saes import Sae, find_activations, find_sae, open_sae, plugins_of
 
 if TYPE_CHECKING:
     from ..corpus.windows import TokenStore
@@ -36,7 +36,6 @@ __all__ = ["Config", "plan", "run"]
 STAGE = "interpret"
 CONCEPTS = ("greatness",)
 _SHOWN = 20  # hypotheses in the summary
-_CFG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
 class Config(StageConfig):
@@ -57,23 +56,10 @@ class Config(StageConfig):
 
 
 @dataclass(frozen=True)
-class _Sae:
-    """An SAE that was asked for. `key` pins its bytes; `sealed` is None for a folder from elsewhere."""
-
-    path: Path
-    key: str
-    d_sae: int
-    d_in: int
-    hook_point: str | None
-    model: str | None
-    sealed: Artifact | None
-
-
-@dataclass(frozen=True)
 class _Job:
     """What `plan` found out and `run` needs; `activations` and `meta` are None with --text."""
 
-    sae: _Sae
+    sae: Sae
     plan: Plan
     activations: Artifact | None = None
     meta: Mapping[str, object] | None = None
@@ -124,7 +110,7 @@ def _prepare(ctx: Context, config: Config) -> _Job:
         raise UsageError("--text and --latent exclude each other", why="they are two views", fix="drop one")
     if config.text is not None and not config.text.strip():
         raise UsageError("the text is empty", why="there is no token to show", fix='give --text "some words"')
-    sae = _find_sae(ctx, config.sae)
+    sae = find_sae(ctx, config.sae)
     if config.latent is not None and not 0 <= config.latent < sae.d_sae:
         raise ManifestError(
             f"latent {config.latent} is out of range",
@@ -135,7 +121,7 @@ def _prepare(ctx: Context, config: Config) -> _Job:
     facts: dict[str, object] = {"sae": sae.path.name, "d_sae": sae.d_sae, "hook_point": sae.hook_point}
     if config.text is not None:
         return _Job(sae, Plan(STAGE, None, None, facts))
-    activations = _find_activations(ctx, sae)
+    activations = find_activations(ctx, sae)
     meta = json.loads((activations.path / "meta.json").read_bytes())
     tokens = _find_tokens(ctx, meta)
     identity = Identity(
@@ -145,78 +131,11 @@ def _prepare(ctx: Context, config: Config) -> _Job:
             **{name: getattr(config, name) for name in ("concept", "unit", "examples", "candidates", "seed")},
         },
         inputs={"sae": sae.key, "activations": activations.fingerprint, "tokens": tokens.fingerprint},
+        plugins=plugins_of(ctx, sae),
         model_revision=meta["model_revision"],
     )
     facts |= {"rows": meta["rows"], "unit": config.unit}
     return _Job(sae, Plan(STAGE, ctx.project.features / sae.path.name, identity, facts), activations, meta)
-
-
-def _find_sae(ctx: Context, name: str | None) -> _Sae:
-    """The SAE of a name or folder, or the newest.
-
-    Raises:
-        InputError: there is none, or the folder is none.
-    """
-    sealed = {a.path.name: a for a in sealed_under(ctx.project.saes, "train")}
-    if name is None:
-        if not sealed:
-            raise InputError(
-                "there is no sparse autoencoder yet",
-                why=f"{ctx.project.saes} holds no finished one",
-                fix="run `greatctl train` first",
-            )
-        artifact: Artifact | None = list(sealed.values())[-1]
-    else:
-        artifact = sealed.get(name)
-    path = artifact.path if artifact else Path(str(name)).expanduser().absolute()
-    if artifact is None and (path / "artifact.json").exists():
-        artifact = load(path)
-    if artifact is not None:
-        artifact.check()
-    elif not (path / _CFG).is_file() or not (path / _WEIGHTS).is_file():
-        raise InputError(
-            f"there is no SAE {name!r}",
-            why=f"neither a name under {ctx.project.saes} nor a folder with {_CFG} and {_WEIGHTS}",
-            fix=did_you_mean(str(name), sealed),
-        )
-    cfg = _json(path / _CFG)
-    said = cfg.get("metadata") or {}
-    training = _json(path / "training.json") if (path / "training.json").is_file() else {}
-    key = artifact.fingerprint if artifact else sha256_file(path / _CFG) + sha256_file(path / _WEIGHTS)
-    hook_point = training.get("hook_point") or said.get("hook_name")
-    model = training.get("model") or said.get("model_name")
-    return _Sae(path, key, int(cfg["d_sae"]), int(cfg["d_in"]), hook_point, model, artifact)
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read", why=str(error), fix="train the SAE again") from error
-    return value
-
-
-def _find_activations(ctx: Context, sae: _Sae) -> Artifact:
-    """The activations that the SAE was trained on, or the newest ones of its hook point and width."""
-    found = sealed_under(ctx.project.activations, "harvest")
-    wanted = dict(sae.sealed.record["inputs"]).get("activations") if sae.sealed else None  # type: ignore[call-overload]
-    same = [a for a in found if a.fingerprint == wanted]
-    fitting = [
-        a for a in found if sae.hook_point in (None, a.path.name) and _json(a.path / "meta.json")["d_model"] == sae.d_in
-    ]
-    if not same and not fitting:
-        raise InputError(
-            f"there are no activations that {sae.path.name} can read",
-            why=f"it reads {sae.d_in} numbers at {sae.hook_point or 'a hook point that it does not name'}",
-            fix=f"run `greatctl harvest --hook-point {sae.hook_point}` first"
-            if sae.hook_point
-            else "run `greatctl harvest` first",
-        )
-    if not same and sae.sealed:
-        ctx.run.notice(f"interpret: {sae.path.name} was trained on other activations than these")
-    return (same or fitting)[-1].check()
 
 
 def _find_tokens(ctx: Context, meta: Mapping) -> Artifact:
@@ -232,13 +151,7 @@ def _find_tokens(ctx: Context, meta: Mapping) -> Artifact:
     return artifact.check()
 
 
-def _open_sae(ctx: Context, sae: _Sae, device: str) -> LoadedSAE:
-    from ..sae.folder import load as load_sae
-
-    return load_sae(sae.path, ctx.plugins.registry if ctx.plugins else None, device=device)
-
-
-def _snippet(ctx: Context, config: Config, found: _Sae, text: str) -> Result:
+def _snippet(ctx: Context, config: Config, found: Sae, text: str) -> Result:
     """The strongest latents of each token of `text`; makes no artifact."""
     import torch
 
@@ -246,15 +159,16 @@ def _snippet(ctx: Context, config: Config, found: _Sae, text: str) -> Result:
     from ..features.snippet import read_snippet
     from ..model.interface import Site
     from ..model.tokenizer import encode
-    from .models import open_model, pick_device
+    from .models import open_recorded, pick_device
 
     if found.hook_point is None or found.model is None:
         raise InputError(
             f"{found.path.name} does not say which model and hook point it reads",
-            why=f"{_CFG} has no model_name or hook_name",
+            why="cfg.json has no model_name or hook_name",
             fix="add them under `metadata` in its cfg.json",
         )
-    model = open_model(ctx, found.model, upto=Site.parse(found.hook_point).layer + 1)
+    deepest = Site.parse(found.hook_point).layer + 1
+    model = open_recorded(ctx, found.model, found.revision, what="the SAE's activations", upto=deepest)
     ids = encode(model.tokenizer, text)
     if len(ids) > model.n_ctx:
         raise UsageError(
@@ -262,7 +176,7 @@ def _snippet(ctx: Context, config: Config, found: _Sae, text: str) -> Result:
             why=f"{model.name} reads at most {model.n_ctx - 1:,} at once",
             fix="give a shorter --text",
         )
-    sae = _open_sae(ctx, found, pick_device(ctx.device))
+    sae = open_sae(ctx, found, pick_device(ctx.device))
     residual = model.capture(torch.tensor([ids]), [found.hook_point])[found.hook_point][0, 1:]
     pieces = Decoder(model.tokenizer, model.special_ids).pieces(ids[1:])
     read = read_snippet(sae.encode(residual.float()), pieces, config.top_k)
@@ -277,7 +191,7 @@ def _tables(ctx: Context, config: Config, job: _Job, final: Path, identity: Iden
     from ..features.examples import Decoder
     from ..features.hypotheses import weigh_latents, write_hypotheses
     from ..features.write import Corpus, write_tables, write_units
-    from .models import open_model
+    from .models import open_recorded
 
     assert job.activations is not None and job.meta is not None
     started, meta = time.monotonic(), job.meta
@@ -286,7 +200,7 @@ def _tables(ctx: Context, config: Config, job: _Job, final: Path, identity: Iden
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
         tables, sae = _scan(ctx, config, job, store)
         ctx.run.notice("interpret: reading what the latents write")
-        model = open_model(ctx, str(meta["model"]))
+        model = open_recorded(ctx, str(meta["model"]), str(meta["model_revision"]))
         logits = _logits(sae, model)
         decoder = Decoder(model.tokenizer, store.tokenizer["special_ids"])
         write_tables(w.path, tables, corpus, decoder, logits)
@@ -295,7 +209,9 @@ def _tables(ctx: Context, config: Config, job: _Job, final: Path, identity: Iden
         alive = tables.fired.nonzero().squeeze(1).tolist()
         unit = "unit" if config.unit == "subject" else "author"
         write_units(w.path, tables, store.documents, unit, alive)
+        ctx.run.stop_here()
         found = weigh_latents(tables, store.documents, unit, alive, n_candidates=config.candidates, seed=config.seed)
+        ctx.run.stop_here()
         rows = write_hypotheses(w.path, config.concept, config.unit, found)
         keys = ("concept", "latent", "effect", "q_value", "verdict")
         summary = {
@@ -319,7 +235,7 @@ def _scan(ctx: Context, config: Config, job: _Job, store: TokenStore) -> tuple[F
 
     assert job.activations is not None
     device = pick_device(ctx.device)
-    sae = _open_sae(ctx, job.sae, device)
+    sae = open_sae(ctx, job.sae, device)
     reader = ShardReader(job.activations.path)
     done = 0
 
@@ -368,4 +284,4 @@ def _page(artifact: Artifact, latent: int, up_to_date: bool) -> Result:
         "verdict": f"{contrast['verdict']}: {contrast['reason']}" if contrast else "it never fires",  # type: ignore[index]
     }
     view = {"page": {"latent": latent, "facts": facts, "examples": page["examples"]}}
-    return Result(STAGE, artifact.path, page, up_to_date=up_to_date, view=view)
+    return Result(STAGE, artifact.path, {**artifact.summary, **page}, up_to_date=up_to_date, view=view)

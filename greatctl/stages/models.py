@@ -16,7 +16,7 @@ from .context import Context
 if TYPE_CHECKING:
     from ..model.interface import FrozenModel
 
-__all__ = ["BUNDLED", "chosen_model", "open_model", "pick_device", "resolve", "slug"]
+__all__ = ["BUNDLED", "chosen_model", "open_model", "open_recorded", "pick_device", "resolve", "slug"]
 
 BUNDLED = "bundled"
 
@@ -68,6 +68,24 @@ def open_model(
     from .. import model
 
     return model.load(source, name=display, device=device, dtype=dtype, engine=engine, upto=upto, offline=ctx.offline)
+
+
+def open_recorded(
+    ctx: Context, name: str, revision: str | None, *, what: str = "the activations", upto: int | None = None
+) -> FrozenModel:
+    """`open_model`, held against the revision that `what` were made with (None: not recorded, so not compared).
+
+    Raises:
+        InputError: the model under that name is another one now.
+    """
+    model = open_model(ctx, name, upto=upto)
+    if revision is not None and model.revision != revision:
+        raise InputError(
+            f"{name} is not the model that was harvested",
+            why=f"it is revision {model.revision[:12]}, but {what} are of {revision[:12]}",
+            fix="bring the former model back, or run `greatctl harvest` and the stages after it again",
+        )
+    return model
 
 
 def pick_device(wanted: str = "auto") -> str:

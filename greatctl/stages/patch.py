@@ -12,7 +12,6 @@ the next begins; a killed run goes on from there.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,6 +41,7 @@ __all__ = ["Config", "plan", "run"]
 
 STAGE = "patch"
 _BOOTSTRAP = 2000
+_UNITS = "units"
 _ONE = ("clean", "corrupted", "answer", "wrong_answer")
 
 
@@ -146,13 +146,12 @@ def run(ctx: Context, config: Config) -> Result:
     started = time.monotonic()
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
         outcome = _Outcome(refused)
-        units = Units(w.path / "units")
+        units = Units(w.path / _UNITS)
         _sweep(ctx, config, job, units, encoded, outcome)
         if not outcome.executed:
             raise _nothing_left(job, outcome.refused)
         summary = _write(w.path, config, job, units.merged(), outcome)
-        shutil.rmtree(w.path / "units")
-        artifact = w.seal(summary, seconds=round(time.monotonic() - started, 3))
+        artifact = w.seal(summary, discard=(_UNITS,), seconds=round(time.monotonic() - started, 3))
     return Result(STAGE, artifact.path, artifact.summary, view=_view(artifact))
 
 

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..model.interface import FrozenModel, Intervention
 from .context import Context
-from .models import open_model
+from .models import open_recorded
 
 if TYPE_CHECKING:
     from ..corpus.windows import TokenStore
@@ -52,7 +51,7 @@ def spliced_loss(
 
     def mean_loss(edit: Edit | None) -> float:
         if not opened:
-            opened.append(_open(ctx, meta))
+            opened.append(open_recorded(ctx, meta["model"], meta["model_revision"]))
         total, count = 0.0, 0
         for part in chosen.split(_BATCH):
             loss, n = _window_losses(opened[0], meta["hook_point"], store, part, special, edit)
@@ -60,17 +59,6 @@ def spliced_loss(
         return total / max(count, 1)
 
     return mean_loss
-
-
-def _open(ctx: Context, meta: Mapping[str, Any]) -> FrozenModel:
-    model = open_model(ctx, meta["model"])
-    if model.revision != meta["model_revision"]:
-        raise InputError(
-            f"{meta['model']} is not the model that was harvested",
-            why=f"revision {model.revision[:12]}, but the activations are of {meta['model_revision'][:12]}",
-            fix="run `greatctl harvest` again, or train with --ce-windows 0",
-        )
-    return model
 
 
 def _window_losses(

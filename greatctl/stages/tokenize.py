@@ -5,10 +5,14 @@
 Reads every sealed source below data/raw (in manifest order), writes data/tokens/<tokenizer>-<window>. Where a
 window began and ended in the text is kept, and everything that the manifest knows of a work goes along, so
 that later stages need neither the texts nor the manifest.
+
+Exports for other programs go into exports/ of the finished folder. They follow from it and are no part of what it is:
+another export makes nothing stale, and one that was deleted is no damage.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +23,8 @@ from pydantic import Field, field_validator
 
 from ..errors import InputError, ManifestError
 from ..store.artifact import Artifact, Identity, current, load, touch, work
-from ..store.files import canonical_json, sha256_bytes
+from ..store.files import canonical_json, disk_errors, sha256_bytes
+from ..store.lock import hold
 from .context import Context, Plan, Result, StageConfig
 from .models import chosen_model, slug
 
@@ -81,7 +86,7 @@ def run(ctx: Context, config: Config) -> Result:
     if artifact and not ctx.force:
         touch(artifact)
         ctx.run.notice("tokenize: up to date")
-        return Result(STAGE, artifact.path, artifact.summary, up_to_date=True)
+        return Result(STAGE, artifact.path, {**artifact.summary, **_exported(config, job, artifact)}, up_to_date=True)
     ctx.run.notice(f"tokenize: {reason or 'forced'}")
     from ..corpus import windows
     from ..model import tokenizer as tok
@@ -104,6 +109,7 @@ def run(ctx: Context, config: Config) -> Result:
         ctx.run.stop_here()
 
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
+        shutil.rmtree(w.path / "exports", ignore_errors=True)  # of a damaged artifact that is being mended
         counts = windows.build(
             w.path,
             [_row(entry) for entry, _ in job.sources],
@@ -117,12 +123,33 @@ def run(ctx: Context, config: Config) -> Result:
             raise InputError(
                 "the sources hold no text", why="every text.txt is empty", fix="run `greatctl fetch --force`"
             )
-        if config.export:
-            names = {e.id: f"{_stem(e)}_chunks_{config.window}" for e, _ in job.sources}
-            windows.export(windows.TokenStore(w.path), w.path / "exports", config.export, names)
         summary = {**counts, "window": config.window, "tokenizer": slug(job.name), "documents": total}
         artifact = w.seal(summary, seconds=round(time.monotonic() - started, 3))
-    return Result(STAGE, artifact.path, summary)
+    return Result(STAGE, artifact.path, {**summary, **_exported(config, job, artifact)})
+
+
+def _exported(config: Config, job: _Job, artifact: Artifact) -> dict[str, object]:
+    """Write what `export` asks for; {"export": paths}, or nothing where nothing was asked for.
+
+    Everything is made in a hidden folder beside its place, and moved in when it is whole.
+    """
+    if not config.export:
+        return {}
+    from ..corpus import windows
+
+    target = artifact.path / "exports"
+    aside = target / ".partial"
+    names = {e.id: f"{_stem(e)}_chunks_{config.window}" for e, _ in job.sources}
+    paths = []
+    with hold(artifact.path), disk_errors(target):
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+        for made in windows.export(windows.TokenStore(artifact.path), aside, config.export, names):
+            paths.append(target / made.name)
+            if paths[-1].is_dir():
+                shutil.rmtree(paths[-1])
+            made.replace(paths[-1])
+        aside.rmdir()
+    return {"export": [str(path) for path in paths]}
 
 
 def _prepare(ctx: Context, config: Config) -> _Job:
@@ -149,7 +176,6 @@ def _prepare(ctx: Context, config: Config) -> _Job:
             "name": slug(name),
             "window": config.window,
             "character": sorted(config.character),
-            "export": sorted(config.export),
             "documents": {e.id: sha256_bytes(canonical_json(_row(e)).encode())[:16] for e, _ in sources},
         },
         inputs={e.id: a.fingerprint for e, a in sources},

@@ -11,7 +11,6 @@ checkpoint and ends with the same bytes.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ def _prepare(ctx: Context, config: Config) -> _Job:
     options = _options(ctx, config, cls, d_in, d_sae)
     tokens = _tokens(ctx, meta)
     k = f"-k{options['k']}" if "k" in options else ""
-    name = config.name or _slug(f"{config.arch}-{d_sae}{k}-{meta['hook_point']}")
+    name = config.name or f"{config.arch}-{d_sae}{k}-{meta['hook_point']}"
     identity = Identity(
         STAGE,
         {
@@ -255,10 +254,10 @@ def _finished(final: Path) -> Artifact | None:
 
 
 def _refuse_another(ctx: Context, final: Path, identity: Identity, *, resume: bool) -> None:
-    """Another configuration under this name, finished or stopped half-way, is not overwritten.
+    """Another configuration or model under this name, finished or stopped half-way, is not overwritten.
 
-    New inputs under the same configuration are no such case (the SAE is merely stale), unless a resume was
-    asked for.
+    New texts or activations under the same configuration are no such case (the SAE is merely stale), unless a resume
+    was asked for.
     """
     wanted = identity.record()
     done, stopped = _finished(final), _stopped_identity(final)
@@ -266,17 +265,23 @@ def _refuse_another(ctx: Context, final: Path, identity: Identity, *, resume: bo
         return
     for record, state in ((done.record if done else None, "is trained"), (stopped, "was begun")):
         strict = resume and record is stopped
-        if record is None or (record.get("config") == wanted["config"] and not (strict and record != wanted)):
+        if record is None or (_question(record) == _question(wanted) and not (strict and record != wanted)):
             continue
+        apart = _question(record) != _question(wanted)
         raise InputError(
             f"{final.name} {state} with another configuration",
-            why=difference(record, wanted),
+            why=difference(*map(_question, (record, wanted))) if apart else difference(record, wanted),
             fix="choose another --name, or replace it with --force",
             where=str(final),
             code="other-configuration",
         )
     if resume and stopped is None:
         ctx.run.notice("train: there is nothing to resume, so it starts from the beginning")
+
+
+def _question(record: Mapping[str, Any]) -> dict[str, object]:
+    """What makes it another SAE, and not the same one gone stale: its configuration and the model that it reads."""
+    return {key: record.get(key) for key in ("config", "model_revision")}
 
 
 def _stopped_identity(final: Path) -> dict | None:
@@ -329,7 +334,8 @@ def _train(ctx: Context, config: Config, job: _Job, final: Path, identity: Ident
             },
             device=device,
         )
-        return w.seal({"name": job.name, **summary}, seconds=round(time.monotonic() - started, 3))
+        seconds = round(time.monotonic() - started, 3)
+        return w.seal({"name": job.name, **summary}, discard=(CHECKPOINTS,), seconds=seconds)
 
 
 def _held_out(ctx: Context, store: TokenStore) -> Tensor:
@@ -354,7 +360,3 @@ def _exported(ctx: Context, artifact: Artifact, form: str) -> Result:
     target = folder.export(artifact.check().path, form)
     ctx.run.notice(f"train: exported {target}")
     return Result(STAGE, artifact.path, {**artifact.summary, "export": str(target)})
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -9,7 +9,6 @@ same bytes whoever makes it, so the result does not depend on how many there wer
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,13 +18,12 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..store.artifact import Identity
-from ..store.files import make_dir, write_json
+from ..store.files import disk_errors, make_dir
 from ..store.lock import hold
 from ..store.shards import ShardWriter
+from ..store.swap import note, wanted
 
 __all__ = ["Share", "adopt", "worker_folder"]
-
-_NOTE = "work.json"
 
 
 @dataclass(frozen=True)
@@ -58,23 +56,26 @@ class Share:
 
 
 @contextmanager
-def worker_folder(final: Path, identity: Identity, share: Share) -> Iterator[Path]:
-    """The locked folder of one worker of `final`, emptied if it was made for another identity.
+def worker_folder(final: Path, identity: Identity, share: Share, *, fresh: bool = False) -> Iterator[Path]:
+    """The locked folder of one worker of `final`, emptied if `fresh` or if it was made for another identity.
 
     Raises:
         LockedError: the same worker runs already. ResourceError: the file system has no locks.
     """
     folder = final.with_name(f".{final.name}.worker-{share.number}-of-{share.of}")
     with hold(folder, required=True):
-        if _fingerprint(folder) != identity.fingerprint:
-            shutil.rmtree(folder, ignore_errors=True)
-        make_dir(folder)
-        write_json(folder / _NOTE, {"fingerprint": identity.fingerprint})
+        with disk_errors(folder):
+            if folder.exists() and (fresh or wanted(folder) != identity.fingerprint):
+                shutil.rmtree(folder)
+            make_dir(folder)
+            note(folder, identity.fingerprint)
         yield folder
 
 
 def adopt(final: Path, identity: Identity, writer: ShardWriter) -> int:
     """Take over the shards that workers of the same identity left, and remove their folders; returns how many.
+
+    The lock files stay: another process may wait on one, and would share its lock with nobody.
 
     Raises:
         LockedError: a worker is still running.
@@ -83,17 +84,8 @@ def adopt(final: Path, identity: Identity, writer: ShardWriter) -> int:
     for folder in sorted(final.parent.glob(f".{final.name}.worker-*-of-*")):
         if not folder.is_dir():
             continue
-        with hold(folder):
-            if _fingerprint(folder) == identity.fingerprint:
+        with hold(folder), disk_errors(folder):
+            if wanted(folder) == identity.fingerprint:
                 taken += writer.take(ShardWriter(folder))
             shutil.rmtree(folder)
-        for stray in (f".{folder.name}.lock", f".{folder.name}.holder"):
-            (folder.parent / stray).unlink(missing_ok=True)
     return taken
-
-
-def _fingerprint(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / _NOTE).read_bytes())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -1,66 +1,45 @@
 """Sealed folders: what a stage made, from what, and whether it is still so.
 
 A stage works in a hidden sibling (`.NAME.partial`) and *seals* it: `artifact.json` is written last, and the folder is
-renamed to its final name. So a folder under its final name is always whole, and a killed stage finds its work again.
+renamed to its final name. So a folder under its final name is always whole, and a killed stage finds its work again,
+also when the kill falls into the sealing itself.
+
 The fingerprint says what was asked for (stage, config, inputs, plugins, model revision); the hashes say what came out.
 Times, rates, host and the summary live in `run.json`, which alone may differ between two equal runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from ..errors import InputError, IntegrityError
+from ..errors import GreatctlError, InputError, IntegrityError
 from ..settings import Origins
-from .files import canonical_json, fsync_dir, make_dir, sha256_bytes, sha256_file, sweep, write_json, write_text
+from .files import (
+    canonical_json,
+    disk_errors,
+    make_dir,
+    read_bytes,
+    sha256_bytes,
+    sha256_file,
+    sweep,
+    write_json,
+    write_text,
+)
+from .identity import Identity, difference
 from .lock import hold
+from .swap import RECORD, RUN, WORK, note, partial_of, read_json, settle, swap, tidy, wanted
 
-__all__ = ["Artifact", "Identity", "Work", "current", "load", "newest", "sealed_under", "touch", "work"]
+__all__ = ["Artifact", "Identity", "Work", "current", "difference", "load", "newest", "sealed_under", "touch", "work"]
 
 SCHEMA = 1
-RECORD, RUN, WORK = "artifact.json", "run.json", "work.json"
 _PACKAGES = ("greatctl", "torch", "transformers", "transformer-lens", "safetensors", "tokenizers", "pyarrow")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What was asked for. Equal identities give equal outputs; no time, path or host belongs in here.
-
-    Attributes:
-        stage: the stage's name.
-        config: every setting that changes the outputs (JSON values), the seed included.
-        inputs: name -> fingerprint of each input artifact.
-        plugins: name -> digest of each plugin item used (built-ins are not listed).
-        model_revision: hash or commit of the model's weights, where one is used.
-    """
-
-    stage: str
-    config: Mapping[str, object]
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    plugins: Mapping[str, str] = field(default_factory=dict)
-    model_revision: str | None = None
-
-    def record(self) -> dict[str, object]:
-        """The identity as JSON values."""
-        return {
-            "stage": self.stage,
-            "config": dict(self.config),
-            "inputs": dict(self.inputs),
-            "plugins": dict(self.plugins),
-            "model_revision": self.model_revision,
-        }
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the canonical JSON of the identity."""
-        return sha256_bytes(canonical_json(self.record()).encode())
 
 
 @dataclass(frozen=True)
@@ -99,21 +78,23 @@ class Artifact:
     def damaged(self, *, deep: bool = False) -> list[str]:
         """Outputs that are missing or changed, each with a word why.
 
-        A file whose size, inode and times are as at sealing is taken as intact; anything else is hashed. `deep` hashes
-        every file.
+        A file whose size, inode and times are as noted is taken as intact; anything else is hashed. `deep` hashes every
+        file. Where all are intact, what was seen is noted in run.json, so that a copied project is hashed once.
         """
-        stamps = self.run.get("stamps", {})
-        found = []
+        stamps, seen, found = self.run.get("stamps"), {}, []
+        known = stamps if isinstance(stamps, dict) else {}
         for row in self.outputs:
-            path = self.path / row["path"]
+            name, path = row["path"], self.path / row["path"]
             if not path.is_file():
-                found.append(f"{row['path']} (missing)")
-            elif path.stat().st_size != row["bytes"]:
-                found.append(f"{row['path']} ({path.stat().st_size:,} bytes instead of {row['bytes']:,})")
-            elif not deep and stamps.get(row["path"]) == _stamp(path):  # type: ignore[union-attr]
+                found.append(f"{name} (missing)")
                 continue
-            elif sha256_file(path) != row["sha256"]:
-                found.append(f"{row['path']} (content differs from its sha256)")
+            seen[name] = _stamp(path)  # before hashing: a change meanwhile shows the next time
+            if seen[name][0] != row["bytes"]:
+                found.append(f"{name} ({seen[name][0]:,} bytes instead of {row['bytes']:,})")
+            elif (deep or known.get(name) != seen[name]) and sha256_file(path) != row["sha256"]:
+                found.append(f"{name} (content differs from its sha256)")
+        if not found and seen != known:
+            _note_run(self.path, stamps=seen)
         return found
 
     def check(self) -> Artifact:
@@ -142,9 +123,11 @@ def load(path: Path) -> Artifact:
     """
     record_path = path / RECORD
     try:
-        raw = record_path.read_bytes()
+        raw = read_bytes(record_path)
     except FileNotFoundError:
         raise InputError(f"{path} is not a finished artifact", why=f"there is no {RECORD} in it") from None
+    except ValueError:
+        raw = b""
     broken = IntegrityError(
         f"{record_path} is damaged",
         why="it is not what greatctl wrote",
@@ -165,11 +148,7 @@ def load(path: Path) -> Artifact:
         raise broken from None
     if not intact:
         raise broken
-    try:
-        run = json.loads((path / RUN).read_bytes())
-    except (OSError, ValueError):
-        run = {}
-    return Artifact(path, record, run if isinstance(run, dict) else {})
+    return Artifact(path, record, read_json(path / RUN))
 
 
 def current(final: Path, identity: Identity) -> tuple[Artifact | None, str]:
@@ -183,23 +162,10 @@ def current(final: Path, identity: Identity) -> tuple[Artifact | None, str]:
     if artifact.fingerprint != identity.fingerprint:
         return None, difference(artifact.record, identity.record())
     damaged = artifact.damaged()
-    return (None, "damaged: " + damaged[0]) if damaged else (artifact, "")
-
-
-def difference(old: Mapping, new: Mapping) -> str:
-    """The first difference between two identities, in words ("config.k 64 -> 32")."""
-    for part in ("stage", "config", "inputs", "plugins", "model_revision"):
-        before, after = old.get(part), new.get(part)
-        if before == after:
-            continue
-        if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
-            return f"{part} {before} -> {after}"
-        for key in sorted({*before, *after}):
-            if before.get(key) != after.get(key):
-                if part in ("inputs", "plugins"):
-                    return f"{part}.{key} changed"
-                return f"{part}.{key} {before.get(key)} -> {after.get(key)}"
-    return "the fingerprint differs"
+    if damaged:
+        return None, "damaged: " + damaged[0]
+    tidy(final)
+    return artifact, ""
 
 
 class Work:
@@ -207,7 +173,7 @@ class Work:
 
     def __init__(self, final: Path, identity: Identity, origins: Mapping[str, str], resumed: bool) -> None:
         self.final = final
-        self.path = _partial(final)
+        self.path = partial_of(final)
         self.identity = identity
         self.origins = origins
         self.resumed = resumed
@@ -217,6 +183,7 @@ class Work:
         summary: Mapping[str, object],
         *,
         hashes: Mapping[str, tuple[int, str]] | None = None,
+        discard: Sequence[str] = (),
         **run: object,
     ) -> Artifact:
         """Hash the outputs, write run.json and artifact.json, and swap the folder in.
@@ -224,20 +191,36 @@ class Work:
         Args:
             summary: the stage's `--json` summary (kept in run.json).
             hashes: relative path -> (bytes, sha256) of files whose hash is already known.
+            discard: folders (checkpoints, say) that are no outputs; removed once the artifact is in its place.
             run: more for run.json (seconds, rates, host).
         """
-        sweep(self.path)
-        (self.path / WORK).unlink(missing_ok=True)
-        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in (RECORD, RUN))
-        names = [p.relative_to(self.path).as_posix() for p in files]
-        known = hashes or {}
-        outputs = []
-        for name, path in zip(names, files, strict=True):
+        with disk_errors(self.path):
+            sweep(self.path)
+            outputs, stamps = self._outputs(hashes or {}, discard)
+            note(self.path, self.identity.fingerprint, discard)
+            sequence = _next_sequence(self.final)
+            write_json(self.path / RUN, {**run, "summary": dict(summary), "stamps": stamps, "sequence": sequence})
+            write_text(self.path / RECORD, self._record(outputs))
+            swap(self.final)
+            tidy(self.final)
+            return load(self.final)
+
+    def _outputs(
+        self, known: Mapping[str, tuple[int, str]], discard: Sequence[str]
+    ) -> tuple[list[dict[str, object]], dict[str, list[int]]]:
+        """Rows and stamps of every file that is kept."""
+        rows, stamps = [], {}
+        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            name = path.relative_to(self.path).as_posix()
+            if name in (RECORD, RUN, WORK) or name.split("/")[0] in discard:
+                continue
             size, digest = known.get(name) or (path.stat().st_size, sha256_file(path))
-            outputs.append({"path": name, "bytes": size, "sha256": digest})
-        stamps = {name: _stamp(path) for name, path in zip(names, files, strict=True)}
-        sequence = _next_sequence(self.final.parent)
-        write_json(self.path / RUN, {**run, "summary": dict(summary), "stamps": stamps, "sequence": sequence})
+            rows.append({"path": name, "bytes": size, "sha256": digest})
+            stamps[name] = _stamp(path)
+        return rows, stamps
+
+    def _record(self, outputs: Sequence[Mapping[str, object]]) -> str:
+        """The text of artifact.json."""
         body = {
             "schema": SCHEMA,
             **self.identity.record(),
@@ -248,42 +231,47 @@ class Work:
             "seed": self.identity.config.get("seed"),
             "versions": versions(),
         }
-        write_text(self.path / RECORD, _render({**body, "digest": _digest(body)}).decode())
-        _swap(self.final)
-        return load(self.final)
+        return _render({**body, "digest": _digest(body)}).decode()
 
 
-@contextmanager
+@contextlib.contextmanager
 def work(
     final: Path, identity: Identity, *, origins: Mapping[str, str] | None = None, fresh: bool = False
 ) -> Iterator[Work]:
     """Lock `final` and open its work folder: resumed where a killed run of the same identity left it, else empty.
 
-    A sealed but damaged artifact of the same identity is reopened, so that only its damaged parts are redone. An older
-    artifact of another identity stays in place until `seal` replaces it. `fresh` starts from nothing.
+    A sealed artifact of the same identity (damaged, or sealed by a run that was killed before it was in its place) is
+    reopened, so that only what is damaged is redone. An older artifact of another identity stays in place until `seal`
+    replaces it. `fresh` starts from nothing.
 
     Raises:
         LockedError: another process works on it.
     """
     with hold(final):
-        _settle(final)
-        partial = _partial(final)
-        if fresh or _work_fingerprint(partial) != identity.fingerprint:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not fresh and not partial.exists() and _same_but_damaged(final, identity):
-            final.rename(partial)  # first, so that a kill in between is undone by _settle
-            (partial / RECORD).unlink()
-        resumed = partial.exists()
-        make_dir(partial)
-        write_json(partial / WORK, {"fingerprint": identity.fingerprint})
-        sweep(partial)
+        with disk_errors(final):
+            resumed = _open(final, identity, fresh)
         yield Work(final, identity, origins or {}, resumed)
 
 
+def _open(final: Path, identity: Identity, fresh: bool) -> bool:
+    """Make the work folder ready; returns whether there is earlier work in it."""
+    settle(final)
+    partial = partial_of(final)
+    if partial.exists() and (fresh or wanted(partial) != identity.fingerprint):
+        shutil.rmtree(partial)
+    if not fresh and not partial.exists() and _made_for(final, identity):
+        final.rename(partial)  # still sealed, so that a kill right here is undone by `settle`
+    resumed = partial.exists()
+    make_dir(partial)
+    note(partial, identity.fingerprint)
+    (partial / RECORD).unlink(missing_ok=True)
+    sweep(partial)
+    return resumed
+
+
 def touch(artifact: Artifact) -> None:
-    """Note that `artifact` was asked for again, so that it is the newest of its kind."""
-    run = {**artifact.run, "sequence": _next_sequence(artifact.path.parent)}
-    write_json(artifact.path / RUN, run)
+    """Note that `artifact` was asked for again, so that it is the newest of its kind (where the disk is writable)."""
+    _note_run(artifact.path, sequence=_next_sequence(artifact.path))
 
 
 def sealed_under(root: Path, stage: str | None = None) -> list[Artifact]:
@@ -298,7 +286,7 @@ def sealed_under(root: Path, stage: str | None = None) -> list[Artifact]:
             continue
         if stage is None or artifact.stage == stage:
             found.append(artifact)
-    return sorted(found, key=lambda a: (_sequence(a), a.path.as_posix()))
+    return sorted(found, key=lambda a: (_sequence(a.run), a.path.as_posix()))
 
 
 def newest(root: Path, stage: str) -> Artifact | None:
@@ -318,14 +306,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}.partial")
-
-
-def _old(final: Path) -> Path:
-    return final.with_name(f".{final.name}.old")
-
-
 def _render(record: Mapping[str, object]) -> bytes:
     return (canonical_json(record, indent=1) + "\n").encode()
 
@@ -339,47 +319,25 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _sequence(artifact: Artifact) -> int:
-    value = artifact.run.get("sequence", 0)
+def _note_run(folder: Path, **more: object) -> None:
+    """Add to run.json what is convenient to know; a disk that cannot be written stays as it is."""
+    with contextlib.suppress(GreatctlError, OSError, ValueError):
+        write_json(folder / RUN, {**read_json(folder / RUN), **more})
+
+
+def _sequence(run: Mapping[str, object]) -> int:
+    value = run.get("sequence", 0)
     return value if isinstance(value, int) else 0
 
 
-def _next_sequence(siblings: Path) -> int:
-    root = siblings.parent if siblings.parent.name == "activations" else siblings
-    return 1 + max((_sequence(a) for a in sealed_under(root)), default=0)
+def _next_sequence(final: Path) -> int:
+    """One more than any neighbour's: a folder beside `final`, or beside its parent (other models' activations)."""
+    neighbours = final.absolute().parent.parent.glob(f"*/*/{RUN}")
+    return 1 + max((_sequence(read_json(run)) for run in neighbours), default=0)
 
 
-def _work_fingerprint(partial: Path) -> str | None:
+def _made_for(final: Path, identity: Identity) -> bool:
     try:
-        return json.loads((partial / WORK).read_bytes())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _same_but_damaged(final: Path, identity: Identity) -> bool:
-    try:
-        artifact = load(final)
-        return artifact.fingerprint == identity.fingerprint and bool(artifact.damaged())
+        return load(final).fingerprint == identity.fingerprint
     except (InputError, IntegrityError):
         return False
-
-
-def _swap(final: Path) -> None:
-    old = _old(final)
-    if final.exists():
-        final.rename(old)
-    _partial(final).rename(final)
-    fsync_dir(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _settle(final: Path) -> None:
-    """Finish or undo a swap that a kill interrupted."""
-    old, partial = _old(final), _partial(final)
-    if not final.exists() and (partial / RECORD).exists():
-        partial.rename(final)
-    if old.exists():
-        if final.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(final)

@@ -25,6 +25,7 @@ __all__ = [
     "free_bytes",
     "fsync_dir",
     "make_dir",
+    "read_bytes",
     "sha256_bytes",
     "sha256_file",
     "sweep",
@@ -34,6 +35,17 @@ __all__ = [
 ]
 
 PARTIAL = ".partial"
+_UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EXDEV,  # a folder and its parent on two disks: nothing can be renamed into place
+    errno.EBUSY,  # a mount point is in the way
+)
+_LARGEST_RECORD = 32 * 2**20
 
 
 def canonical_json(value: object, *, indent: int | None = None) -> str:
@@ -71,7 +83,8 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
     Raises:
         ResourceError: no space, no inodes, quota, read-only or I/O error.
-        ManifestError: the path itself cannot be used (no permission, too long, a file where a folder should be).
+        ManifestError: the path itself cannot be used (no permission, too long, a file where a folder should be, a
+            mount point where a folder should be renamed).
     """
     try:
         yield
@@ -79,9 +92,11 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = free_bytes(path.parent)
             need = f"{needed:,} bytes needed, " if needed else ""
+            entries, left = _inodes(path.parent)
+            full = ", but no entries (inodes) for new files" if entries and not left else ""
             raise ResourceError(
                 f"the disk is full: could not write {path}",
-                why=f"{need}{free:,} bytes free",
+                why=f"{need}{free:,} bytes free{full}",
                 fix="free some space, or move the folders with --data-dir / --results-dir; then run the same command again",
                 where=str(path),
                 code="disk-full",
@@ -94,7 +109,7 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
                 where=str(path),
                 code="disk-unwritable",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNUSABLE:
             raise ManifestError(
                 f"could not write {path}",
                 why=os.strerror(error.errno),
@@ -105,6 +120,14 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
         raise
 
 
+def _inodes(folder: Path) -> tuple[int, int]:
+    """(all, free) file entries of the disk of `folder`; (0, 0) where the file system does not count them."""
+    while not folder.exists():
+        folder = folder.parent
+    disk = os.statvfs(folder)
+    return disk.f_files, disk.f_favail
+
+
 def fsync_dir(folder: Path) -> None:
     """Flush a folder's entries, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -112,6 +135,19 @@ def fsync_dir(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_bytes(path: Path, most: int = _LARGEST_RECORD) -> bytes:
+    """A record of ours, whole.
+
+    Raises:
+        ValueError: it is larger than `most` bytes, so it is no record of ours; the rest is not read.
+    """
+    with path.open("rb") as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} is larger than {most:,} bytes")
+    return data
 
 
 def make_dir(folder: Path) -> Path:
@@ -153,6 +189,7 @@ def sweep(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     stray = [p for p in folder.iterdir() if p.is_file() and (p.name.endswith(PARTIAL) or p.name.startswith(".tmp"))]
-    for path in stray:
-        path.unlink(missing_ok=True)
+    with disk_errors(folder):
+        for path in stray:
+            path.unlink(missing_ok=True)
     return stray

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,11 +53,15 @@ def hold(target: Path, *, required: bool = False) -> Iterator[None]:
                 code="no-locks",
             ) from error
     try:
-        holder.write_text(json.dumps(_myself()))
+        with disk_errors(holder):
+            holder.write_text(json.dumps(_myself()))
         yield
     finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
+        try:
+            with suppress(OSError):  # only a name for people; a disk that cannot be written has been reported already
+                holder.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def _myself() -> dict[str, object]:

@@ -1,9 +1,9 @@
 """Numbered safetensors shards that grow one by one and survive a kill.
 
 A shard is written whole (partial name, fsync, rename) and then noted in `index.jsonl`, one line each with its own
-checksum; so the index never names a shard that is not there. Work is cut by shard *number*: whoever writes shard 7, in
-whatever order, writes the same bytes. `finish` rewrites the index in order, so that an interrupted run ends with the
-bytes of an undisturbed one.
+checksum; a line whose shard is not there is dropped on opening. Work is cut by shard *number*: whoever writes shard 7,
+in whatever order, writes the same bytes. `finish` rewrites the index in order, so that an interrupted run ends with
+the bytes of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ class ShardWriter:
     def take(self, other: ShardWriter) -> int:
         """Move in the shards of another writer's folder that are not here yet; returns how many."""
         wanted = [e for n, e in sorted(other._entries.items()) if n not in self._entries]
-        for entry in wanted:
-            (other.folder / entry.name).replace(self.folder / entry.name)
-            self._entries[entry.number] = entry
-        fsync_dir(self.folder)
-        self._rewrite()
+        self._entries |= {entry.number: entry for entry in wanted}
+        self._rewrite()  # first: a shard that is noted but not here is looked for again, one that is not noted is lost
+        with disk_errors(self.folder):
+            for entry in wanted:
+                (other.folder / entry.name).replace(self.folder / entry.name)
+            fsync_dir(self.folder)
         return len(wanted)
 
     def finish(self) -> list[ShardEntry]:

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
         root: Root = ctx.obj or Root()
         project = open_project(root, quiet=as_json)
-        rows = survey(project)
+        rows = survey(project, paths=root.plugins)
         if as_json:
             print_document(document("status", None, {"artifacts": rows}))
         else:
