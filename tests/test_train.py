@@ -146,15 +146,15 @@ def test_activations_harvested_again_make_the_sae_stale_and_it_is_trained_again(
     assert not result.up_to_date and "train: inputs.activations changed" in notices[0]
 
 
-def test_another_model_under_the_same_name_needs_force_and_other_texts_make_it_stale(own: Path) -> None:
+def test_other_texts_make_the_sae_stale_and_another_model_under_its_name_needs_force(own: Path) -> None:
     run(own)
+    project(own, planted(1200, dictionary(32, 16)))
+    assert not run(own)[0].up_to_date and run(own)[0].up_to_date
     reharvested(own, model_revision="r2")
     with pytest.raises(InputError) as caught:
         run(own)
     assert (caught.value.exit_code, caught.value.why) == (5, "model_revision r1 -> r2")
     assert not run(own, force=True)[0].up_to_date and run(own)[0].up_to_date
-    project(own, planted(1200, dictionary(32, 16)))
-    assert not run(own)[0].up_to_date and run(own)[0].up_to_date
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(root: Path) -> None:
