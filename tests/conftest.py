@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of pytest-xdist share the cores
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,9 +55,15 @@ def greatctl() -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demonstration project, run once for the whole session. Tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp("demo")
-    outcome = run_greatctl("demo", "greatctl-demo", "--json", cwd=folder)
-    assert outcome.code == 0, outcome.err
-    (folder / "demo.json").write_text(outcome.out)
-    return folder / "greatctl-demo"
+    """The demonstration project, run once for all workers; each has a copy. Tests that change it copy it again."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "demo.json").exists():
+            folder.mkdir(exist_ok=True)
+            outcome = run_greatctl("demo", "greatctl-demo", "--json", cwd=folder, env={"OMP_NUM_THREADS": "2"})
+            assert outcome.code == 0, outcome.err
+            (folder / "demo.json").write_text(outcome.out)
+    mine = tmp_path_factory.mktemp("mine") / "demo"
+    shutil.copytree(folder, mine)
+    return mine / "greatctl-demo"

@@ -297,7 +297,7 @@ def test_a_write_that_the_system_refuses_is_exit_9_and_resumable(demo: Path, tmp
     project = tmp_path / "project"
     shutil.copytree(demo, project)
     shutil.rmtree(project / "data" / "activations")
-    command = [sys.executable, "-m", "greatctl", "-C", str(project), "harvest", "--json"]
+    command = [sys.executable, "-m", "greatctl", "-C", str(project), "harvest", "--layer", "0", "--json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
     def small_files() -> None:
