@@ -26,9 +26,23 @@ def finding(interpreted: Artifact) -> str:
     q = best.get("q_value")
     weight = f"q = {q:.2g}" if q is not None else "no q-value"
     tail = f"latent {best['latent']} is the strongest (effect {best['effect']:+.2f}, {weight}; {best['verdict']})"
-    if supported:
-        return f"{len(supported)} of the latents shown pass the written rules for '{best['concept']}'; {tail}."
-    return f"No latent passes the written rules for '{best['concept']}'; {tail}."
+    if not supported:
+        return f"No latent passes the written rules for '{best['concept']}'; {tail}."
+    unit = "subjects of texts by one author" if summary.get("unit") == "subject" else "authors"
+    return (
+        f"{len(supported)} of the {len(rows)} latents shown separate characters from controls by the written rules; {tail}. "
+        f"The unit is {unit}, and {_owed(interpreted)}: so far it is a difference "
+        f"in writing, not a feature of {best['concept']}."
+    )
+
+
+def _owed(interpreted: Artifact) -> str:
+    """Which baselines stand between a verdict and belief, as a clause."""
+    rows = read_rows(interpreted.path / "hypotheses.parquet", ["missing"])
+    missing = rows[0]["missing"] if rows else []
+    if not missing:
+        return "every baseline has been computed"
+    return f"{len(missing)} baselines that could explain it away are not computed ({', '.join(missing[:3])}, …)"
 
 
 def hypotheses(interpreted: Artifact, rules: str) -> list[Block]:
@@ -66,9 +80,10 @@ def cards(interpreted: Artifact, count: int) -> list[Block]:
         else ""
     )
     made: list[Block] = [Prose(note, quiet=True)] if note else []
+    owed = _owed(interpreted)
     for row in judged:
         latent = row["latent"]
-        made.append(_card(row, latents[latent], examples.get(latent, []), units.get(latent, [])))
+        made.append(_card(row, latents[latent], examples.get(latent, []), units.get(latent, []), owed))
     return made
 
 
@@ -81,7 +96,9 @@ def _by_latent(interpreted: Artifact, name: str, wanted: list[int]) -> dict[int,
     return found
 
 
-def _card(judged: Mapping[str, Any], facts: Mapping[str, Any], examples: list[dict], units: list[dict]) -> Latent:
+def _card(
+    judged: Mapping[str, Any], facts: Mapping[str, Any], examples: list[dict], units: list[dict], owed: str
+) -> Latent:
     shown = [
         ("effect", judged["effect"]),
         ("AUROC", judged["auroc"]),
@@ -95,7 +112,7 @@ def _card(judged: Mapping[str, Any], facts: Mapping[str, Any], examples: list[di
     return Latent(
         latent=judged["latent"],
         verdict=judged["verdict"],
-        reason=judged["reason"],
+        reason=f"{judged['reason']}; {owed}" if judged["verdict"] == "supported" else judged["reason"],
         facts=shown,
         up=list(facts["top_logit_tokens"])[:8],
         down=list(facts["bottom_logit_tokens"])[:8],

@@ -165,7 +165,7 @@ def _patch_sentence(patch: Mapping, patches: Path) -> str:
     p = f", family-wise p = {here['p_max_t']:.2g}" if here["p_max_t"] is not None else ""
     return (
         f"The words that tell target from baseline prompts stand before the last one; at layer {before['layer']} "
-        f"restoring the last position alone brings back {before['normalised_effect'] or 0:.0%} of the difference in "
+        f"restoring the last position alone brings back {max(before['normalised_effect'] or 0, 0):.0%} of the difference in "
         f"{patch['metric']}, at layer {here['layer']} {here['normalised_effect'] or 0:.0%} ({here['n_pairs']} pairs, "
         f"{patch['n_refused']} refused{p}). "
         "That says where this small model carries the difference; it does not say that the place is about greatness."

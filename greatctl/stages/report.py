@@ -26,7 +26,7 @@ from .context import Context, Plan, Result, StageConfig
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "report"
-LAYOUT = 4  # raised when the page changes, so that an old report is remade
+LAYOUT = 5  # raised when the page changes, so that an old report is remade
 
 
 class Config(StageConfig):
