@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -258,6 +259,7 @@ _CHILD = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 from pathlib import Path
+from typing import Any
 from test_train import run
 run(Path(sys.argv[3]), arch=sys.argv[4], steps=120, checkpoint_every=10)
 """
@@ -349,3 +351,30 @@ def test_the_loss_recovered_is_in_the_summary_and_another_revision_is_refused(
     monkeypatch.setattr(models, "open_model", lambda ctx, name, **more: other)
     with pytest.raises(InputError, match="not the model that was harvested"):
         run(root, ce_windows=4, name="again")
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "said"),
+    [
+        ("encode", lambda self, x: torch.zeros(len(x), 3), "[8, 3]"),
+        ("encode", lambda self, x: torch.full((len(x), self.config.d_sae), torch.nan), "NaN"),
+        ("encode", lambda self, x: torch.zeros(len(x), self.config.d_sae, dtype=torch.int64), "torch.int64"),
+        ("decode", lambda self, latents: latents, "decode"),
+        ("losses", lambda self, x, dead, step: {"mse": x.square()}, "losses['mse']"),
+        ("losses", lambda self, x, dead, step: x.sum(), "named terms"),
+        ("losses", lambda self, x, dead, step: {}, "named terms"),
+        ("encode", lambda self, x: x @ torch.zeros(1, 1), "RuntimeError"),
+    ],
+    ids=["shape", "nan", "dtype", "decode", "vector loss", "no mapping", "no terms", "raises"],
+)
+def test_an_architecture_that_breaks_its_contract_is_exit_8_before_training(
+    own: Path, monkeypatch: pytest.MonkeyPatch, method: str, answer: Any, said: str
+) -> None:
+    from greatctl.errors import PluginError
+    from greatctl.sae.topk import TopK
+
+    monkeypatch.setattr(TopK, method, answer)
+    with pytest.raises(PluginError) as caught:
+        run(own)
+    assert caught.value.exit_code == 8 and "'topk'" in caught.value.message and said in caught.value.why
+    assert not list((own / "results" / "saes").glob("[!.]*"))

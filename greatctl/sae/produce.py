@@ -19,6 +19,7 @@ from ..events import Run
 from ..store.files import write_json
 from ..store.tables import write_table
 from .coder import Coder, CoderConfig
+from .contract import check_contract
 from .data import ActivationRows
 from .evaluate import Edit, cross_entropy, evaluate
 from .folder import Origin, Registry, load, save
@@ -102,6 +103,7 @@ def produce(
     settings = settings_for(request, rows)
     _say(run, rows, request, settings)
     coder = build(request.cls, _config(request, settings), request.seed)
+    check_contract(coder)
     trainer = Trainer(coder, rows, settings, Checkpoints(folder / CHECKPOINTS), run, device)
     if trainer.resumed_at:
         run.notice(f"train: resumed at step {trainer.resumed_at:,} of {settings.steps:,}")
