@@ -8,8 +8,7 @@ In sources.toml:
     title = "Gettysburg Address"
     author = "Abraham Lincoln"
     url = "https://en.wikisource.org/wiki/Gettysburg_Address_(Bliss_copy)"
-    options = { revision = 10012345 }        # optional: this very revision of the page, for ever the same
-    bytes
+    options = { revision = 10012345 }    # optional: this very revision, for ever the same bytes
 
 What to notice:
 * A source does not download. `locate` says which file is needed, and the host fetches it: politely paced,
@@ -121,7 +120,7 @@ class _Page(HTMLParser):
         elif tag in self.BLOCKS:
             self.end_paragraph()
         elif tag == "br":
-            self._words.append(" ")
+            self._words.append("\n")  # a line end that somebody meant: verse
 
     def handle_endtag(self, tag: str) -> None:
         """An end tag closes every element that was left open inside it."""
@@ -136,11 +135,12 @@ class _Page(HTMLParser):
         if self._cutting:
             self.cut[-1][1].append(data)
         else:
-            self._words.append(data)
+            self._words.append(re.sub(r"\s+", " ", data))  # line ends of the page's source mean nothing
 
     def end_paragraph(self) -> None:
         """Close the paragraph, if it has any words."""
-        text = _tidy("".join(self._words))
+        lines = (_tidy(line) for line in "".join(self._words).split("\n"))
+        text = "\n".join(line for line in lines if line)
         self._words = []
         if text:
             self.paragraphs.append(text)

@@ -15,9 +15,11 @@ from urllib.parse import urlsplit
 
 from ..errors import IntegrityError, ManifestError
 from ..extend.contracts import Document, Resource
-from .clean import Cleaner, clean
+from .clean import clean
+from .cuts import Cleaner
 from .encoding import decode, normalise
 from .span import own_span
+from .wrapper import strip_wrapper
 
 if TYPE_CHECKING:
     from ..manifest import Entry
@@ -27,10 +29,15 @@ __all__ = ["Gutenberg", "strip_wrapper"]
 MIRROR = "gutenberg.pglaf.org"
 _CANONICAL = ("www.gutenberg.org", "gutenberg.org", "www.gutenberg.net", MIRROR)
 
-_START = re.compile(r"^\s*\*{3}\s*START OF (?:THIS|THE) PROJECT GUTENBERG", re.IGNORECASE)
-_END = re.compile(r"^\s*\*{3}\s*END OF (?:THIS|THE) PROJECT GUTENBERG", re.IGNORECASE)
-_SMALL_PRINT_END = re.compile(r"^\s*\*END\*?\s*THE SMALL PRINT", re.IGNORECASE)
-_END_WORDS = re.compile(r"^\s*(?:\*+\s*)?(?:this is the )?end of (?:the |this )?project gutenberg", re.IGNORECASE)
+_END = re.compile(
+    r"^[ \t]*(?:\*{3}[ \t]*|\*+[ \t]*)?(?:this is the )?END OF (?:THE |THIS )?PROJECT GUTENBERG", re.I | re.M
+)
+_LAST_WORDS = re.compile(
+    r"(?:newsletter to hear about\s+new ebooks\.|GUTINDEX\.ALL|\*\*\* END: FULL LICENSE \*\*\*"
+    r"|\*END\*?\s*THE SMALL PRINT!.*)\s*\Z",
+    re.IGNORECASE,
+)
+_LONGEST_REMARK = 4
 _NUMBER = re.compile(r"\[\s*e-?(?:book|text)\s*#?\s*(\d+)\s*\]", re.IGNORECASE)
 
 
@@ -68,6 +75,7 @@ class Gutenberg:
         _check_book(entry, text)
         cleaner = Cleaner()
         body = strip_wrapper(text, cleaner)
+        _check_end(text)
         body = own_span(entry, body, cleaner)
         kept = clean(body, cleaner)
         if not kept:
@@ -75,45 +83,18 @@ class Gutenberg:
         return Document(kept, tuple(cleaner.removed), {"encoding": encoding})
 
 
-def strip_wrapper(text: str, cleaner: Cleaner) -> str:
-    """Cut Project Gutenberg's header and footer, of any decade; the last END counts, since joined files have
-    several.
+def _check_end(text: str) -> None:
+    """Raise where the licence behind the book breaks off.
 
-    Raises:
-        IntegrityError: there is no START or no END.
+    The book itself ends long before the file does, so a file that lost its last bytes on the way still has its END
+    marker; only the last words of the licence tell. What follows END in the oldest files is too short to be one.
     """
-    lines = text.split("\n")
-    end = _footer(lines)
-    start = _header(lines, end)
-    cleaner.cut("header", "\n".join(lines[:start]))
-    cleaner.cut("footer", "\n".join(lines[end:]))
-    return "\n".join(lines[start:end])
-
-
-def _header(lines: Sequence[str], end: int) -> int:
-    """Index of the first line after the header; a START marker may wrap over up to three lines."""
-    for i, line in enumerate(lines[:end]):
-        if _START.match(line):
-            for j in range(i, min(i + 3, end)):
-                if lines[j].rstrip().endswith("***") and (j > i or line.count("***") > 1):
-                    return j + 1
-            return i + 1
-    for i, line in enumerate(lines[: end // 2]):
-        if _SMALL_PRINT_END.match(line):
-            return i + 1
-    raise _refused("the file has no START marker", "a Project Gutenberg text has one before the book", "no-start")
-
-
-def _footer(lines: Sequence[str]) -> int:
-    """Index of the last END marker, or of the "End of Project Gutenberg's …" line shortly before it."""
-    ends = [i for i, line in enumerate(lines) if _END.match(line)]
-    words = [i for i, line in enumerate(lines) if _END_WORDS.match(line)]
-    if ends:
-        near = [i for i in words if 0 < ends[-1] - i <= 8]
-        return near[0] if near else ends[-1]
-    if words:
-        return words[-1]
-    raise _refused("the file has no END marker", "it was cut short on the way, or is another kind of file", "truncated")
+    tail = text[-200_000:]
+    after = [found.end() for found in _END.finditer(tail)]
+    behind = tail[after[-1] :] if after else ""
+    lines = [line for line in behind.split("\n") if line.strip()]
+    if len(lines) > _LONGEST_REMARK and not _LAST_WORDS.search(behind):
+        raise _refused("the file breaks off", "the licence at its end does not come to its last words", "truncated")
 
 
 def _check_book(entry: Entry, text: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from .clean import VERSION
 if TYPE_CHECKING:
     from ..manifest import Entry
 
-__all__ = ["LEDGER", "Ledger", "facts", "identity", "intact", "originals", "seal", "text_bytes"]
+__all__ = ["LEDGER", "Held", "Ledger", "address", "facts", "identity", "intact", "originals", "seal", "text_bytes"]
 
 LEDGER = "sources.lock.json"
 # fmt: off
@@ -35,6 +36,34 @@ _FACTS = (
     "extra",
 )
 # fmt: on
+_WHERE = ("kind", "url", "ia", "file", "extra")
+"""What says where a work's bytes are; originals of another address are not a work's own."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """The originals of a work.
+
+    Attributes:
+        files: name -> bytes.
+        chain: the addresses that led to them, canonical; empty for an import.
+        brought: what a person said of a file that they imported (file, origin, rights); None for a download.
+    """
+
+    files: Mapping[str, bytes]
+    chain: Sequence[str]
+    brought: Mapping[str, str] | None = None
+
+    @property
+    def imported(self) -> bool:
+        """Whether a person brought them."""
+        return not self.chain
+
+
+def address(entry: Entry) -> str | None:
+    """One line that says where a work's bytes come from, with the kind that reads them; None for a manual source."""
+    where = {name: value for name in _WHERE if (value := getattr(entry, name))}
+    return json.dumps(where, sort_keys=True) if entry.url or entry.ia else None
 
 
 def facts(entry: Entry) -> dict[str, Any]:
@@ -43,7 +72,11 @@ def facts(entry: Entry) -> dict[str, Any]:
 
 
 def identity(
-    entry: Entry, files: Mapping[str, str], chain: Sequence[str], plugins: Mapping[str, str] | None = None
+    entry: Entry,
+    files: Mapping[str, str],
+    chain: Sequence[str],
+    plugins: Mapping[str, str] | None = None,
+    brought: Mapping[str, str] | None = None,
 ) -> Identity:
     """The identity of a source folder.
 
@@ -51,8 +84,11 @@ def identity(
         files: file name -> sha256 of each original.
         chain: the addresses that led to it, canonical; empty for an import.
         plugins: name -> digest of the plugin that reads it.
+        brought: what a person told of an import (file, origin, rights).
     """
     config = {"entry": facts(entry), "files": dict(files), "url_chain": list(chain), "cleaning": VERSION}
+    if brought is not None:
+        config["import"] = dict(brought)
     return Identity("fetch", config, plugins=dict(plugins or {}))
 
 
@@ -64,20 +100,18 @@ def intact(final: Path) -> Artifact | None:
         return None
 
 
-def originals(final: Path, entry: Entry) -> tuple[dict[str, bytes], list[str]] | None:
-    """The original files of `entry` that lie intact in `final`, and their chain; None if missing, damaged or
-    of another
-    kind or address."""
+def originals(final: Path, entry: Entry) -> Held | None:
+    """The original files of `entry` that lie intact in `final`; None if missing, damaged or of another address."""
     try:
         config = load(final).config
-        was = config["entry"]
-        if (was["kind"], was["url"]) != (entry.kind, entry.url):
+        if any(config["entry"].get(name) != getattr(entry, name) for name in _WHERE):
             return None
         files = {name: (final / name).read_bytes() for name in config["files"]}
+        held = Held(files, list(config["url_chain"]), config.get("import"))
     except (InputError, IntegrityError, OSError, KeyError, TypeError):
         return None
     whole = all(sha256_bytes(data) == config["files"][name] for name, data in files.items())
-    return (files, config["url_chain"]) if whole and files else None
+    return held if whole and files else None
 
 
 def seal(
@@ -104,6 +138,8 @@ def seal(
         "removed_bytes": cut,
         "document": dict(document.metadata),
     }
+    if "import" in wanted.config:
+        meta["import"] = wanted.config["import"]
     pieces = [f"=== {p.rule} ({len(p.text.encode('utf-8')):,} bytes)\n{p.text}\n" for p in document.removed]
     with work(final, wanted, fresh=True) as w:
         for name, data in files.items():
@@ -150,18 +186,33 @@ class Ledger:
     def expected(self, entry: Entry) -> dict[str, str] | None:
         """File name -> sha256 as first seen at the entry's address; None when it was never seen there."""
         row = self._rows.get(entry.id)
-        if row is None or row["url"] != entry.url:
+        if row is None or row["url"] != _known_as(entry):
             return None
         return {name: facts["sha256"] for name, facts in row["files"].items()}
+
+    def saw(self, entry: Entry, name: str, data: bytes | None) -> bool:
+        """Whether these bytes are the ones that are written down for a file of the entry."""
+        return data is not None and (self.expected(entry) or {}).get(name) == sha256_bytes(data)
+
+    def etags(self, entry: Entry) -> dict[str, str | None]:
+        """File name -> ETag as noted at the entry's address."""
+        seen = self._rows[entry.id]["files"] if self.expected(entry) is not None else {}
+        return {name: facts.get("etag") for name, facts in seen.items()}
 
     def note(self, entry: Entry, files: Mapping[str, bytes], etags: Mapping[str, str | None] | None = None) -> None:
         """Write down what was seen, unless just that is written there already."""
         seen = {name: sha256_bytes(data) for name, data in files.items()}
-        if self.expected(entry) == seen:
+        known = self.etags(entry)
+        if self.expected(entry) == seen and all(known.get(name) == tag for name, tag in (etags or {}).items()):
             return
         rows = {
             name: {"bytes": len(data), "sha256": seen[name], "etag": (etags or {}).get(name)}
             for name, data in files.items()
         }
-        self._rows[entry.id] = {"url": entry.url, "files": rows}
+        self._rows[entry.id] = {"url": _known_as(entry), "files": rows}
         write_json(self.path, {"schema": 1, "sources": self._rows})
+
+
+def _known_as(entry: Entry) -> str | None:
+    """The address under which the ledger knows an entry."""
+    return entry.url or (f"https://archive.org/details/{entry.ia}" if entry.ia else None)

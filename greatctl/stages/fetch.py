@@ -3,11 +3,13 @@
 A night alone is the case to build for: one failing source never stops the others, an interrupted download
 goes on where it stopped, what is intact is not asked for again, and a file that changed at its source
 replaces nothing until a person says `--update`. Ends with 11 when something is missing (manual sources
-included), with 7 when the network gave nothing at all.
+included). Where nothing at all was obtained, the run ends as its first failure does: 7 for the network, 8 for a
+plugin, 6 for bytes that are not the work.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any
 from pydantic import Field
 
 from ..corpus import raw, size
-from ..corpus.library import DOWNLOADS, ON_DISK, Library, Row, locate
+from ..corpus.library import DOWNLOADS, ON_DISK, Library, Row
+from ..corpus.reading import locate
 from ..errors import (
     GreatctlError,
     InputError,
+    IntegrityError,
     InterruptedRun,
     LockedError,
     ManifestError,
@@ -35,10 +39,12 @@ from ..store.addresses import mirror_base
 from ..store.http import Client
 from ..store.lock import hold
 from ..urls import url_problem
+from . import survey
 from .context import Context, Plan, Result, StageConfig
 
 __all__ = ["Config", "plan", "run"]
 
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 _STOPS = (InterruptedRun, LockedError, ManifestError, ResourceError)
 """What ends the whole run; anything else ends one source."""
 
@@ -51,8 +57,13 @@ class Config(StageConfig):
     source: list[str] = Field([], description="Fetch this one work (repeatable).")
     mirror: str | None = Field(None, description="Take the bytes from this base URL: it replaces scheme and host.")
     import_file: Path | None = Field(None, description="Bring FILE in as the text of the one --source given.")
+    origin: str = Field("", max_length=2000, description="Where the imported file was got, in words.")
+    rights: str = Field("", max_length=2000, description="Under which rights the imported file may be used.")
+    audit: bool = Field(False, description="Account for every byte of what is on disk; download nothing.")
     estimate: bool = Field(False, description="Only say how large text, tokens and activations are; download nothing.")
-    update: bool = Field(False, description="Ask the hosts again, and take what changed there.")
+    update: bool = Field(
+        False, description="Ask the hosts again, and take what changed there (--force only reports it)."
+    )
     pace: float | None = Field(
         None,
         ge=0,
@@ -67,7 +78,10 @@ class Config(StageConfig):
     )
     timeout: float = Field(30.0, gt=0, le=3600, description="Seconds without a byte before an attempt has failed.")
     deadline: float = Field(900.0, gt=0, le=86400, description="Seconds for one file, retries and waits included.")
-    d_model: int = Field(4096, ge=1, le=1_000_000, description="Width of the model, for the size of its activations.")
+    attempts: int = Field(4, ge=1, le=20, description="Failures in a row before a file is given up.")
+    d_model: int | None = Field(
+        None, ge=1, le=1_000_000, description="Width of the model, for the size of its activations [the model's]."
+    )
 
 
 def plan(ctx: Context, config: Config) -> Plan:
@@ -117,14 +131,16 @@ def run(ctx: Context, config: Config) -> Result:
     entries = _selected(ctx, config)
     if config.estimate:
         return _estimate(ctx, config, entries)
-    if planned.facts["missing"] and not (config.contact or config.mirror or ctx.offline):
-        ctx.run.notice('no contact is set; hosts like to know whom to write to: [fetch] contact = "you@example.org"')
+    if config.audit:
+        return _audit(ctx, config, entries)
+    _tell_beforehand(ctx, config, downloads=bool(planned.facts["missing"] or config.update))
     with hold(ctx.project.raw), _client(ctx, config) as client:
         library = Library(
             ctx.project.raw,
             raw.Ledger(ctx.project.root / raw.LEDGER),
             client,
             ctx.run,
+            ctx.project.manifest.entries,
             again=ctx.force or config.update,
             update=config.update,
             noted={"mirror": config.mirror, "settings": dict(ctx.origins)},
@@ -145,7 +161,7 @@ def _collect(
         try:
             source, plugins = _source(ctx, entry)
             if config.import_file is not None:
-                row = library.bring_in(entry, source, plugins, config.import_file.expanduser())
+                row = library.bring_in(entry, source, plugins, config.import_file.expanduser(), _told(config))
             else:
                 row = library.obtain(entry, source, plugins)
         except _STOPS:
@@ -155,7 +171,7 @@ def _collect(
                 raise
             errors.append(error)
             kept = raw.originals(library.folder / entry.id, entry)
-            row = Row.of(entry, "failed", kept[0] if kept else None, f"{error.message}: {error.why}".rstrip(": "))
+            row = Row.failed(entry, kept.files if kept else None, error)
         rows.append(row)
         if row.status not in ("up-to-date", "manual"):
             ctx.run.notice(f"{entry.id}: {row.status}" + (f" ({row.why})" if row.why else ""))
@@ -166,11 +182,11 @@ def _collect(
 
 def _finish(ctx: Context, config: Config, rows: Sequence[Row], errors: Sequence[GreatctlError]) -> Result:
     """Summary and exit code; raises where nothing was obtained and one cause explains it."""
-    here = [row for row in rows if row.bytes is not None]
-    if not here:
+    if all(row.status in ("failed", "manual") for row in rows):
         _raise_cause(errors)
+    here = [row for row in rows if row.bytes is not None]
     texts = [raw.text_bytes(ctx.project.raw / row.id) or 0 for row in here]
-    summary = _summary(config, [row.to_json() for row in rows], texts)
+    summary = _summary(_width(ctx, config)[0], [row.to_json() for row in rows], texts)
     complete = all(row.status in ON_DISK or (row.status == "changed" and row.bytes) for row in rows)
     by_hand = [row.id for row in rows if row.status == "manual"]
     if by_hand:
@@ -185,53 +201,73 @@ def _finish(ctx: Context, config: Config, rows: Sequence[Row], errors: Sequence[
 
 
 def _raise_cause(errors: Sequence[GreatctlError]) -> None:
-    """Where nothing was obtained, the network (or else a plugin) is what the run failed of."""
-    for cause in (NetworkError, PluginError):
+    """Where nothing was obtained, the network (or a plugin, or else wrong bytes) is what the run failed of."""
+    for cause in (NetworkError, PluginError, IntegrityError):
         for first in errors:
             if isinstance(first, cause):
                 message = f"nothing could be fetched: {first.message}"
                 raise cause(message, why=first.why, fix=first.fix, where=first.where, code=first.name)
 
 
+def _tell_beforehand(ctx: Context, config: Config, *, downloads: bool) -> None:
+    """What a person should know before hosts are asked, or of what they bring."""
+    if config.import_file is not None:
+        unsaid = [flag for flag, value in (("--origin", config.origin), ("--rights", config.rights)) if not value]
+        if unsaid:
+            ctx.run.notice(f"not said: {' and '.join(unsaid)}; the record will not tell where the text is from")
+        return
+    if not downloads or ctx.offline:
+        return
+    if not (config.contact or config.mirror):
+        ctx.run.notice('no contact is set; hosts like to know whom to write to: [fetch] contact = "you@example.org"')
+    proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
+    if proxy and not config.mirror:
+        ctx.run.notice(f"{proxy} is set and not used: fetch connects by itself, to addresses that it checked")
+
+
+def _told(config: Config) -> dict[str, str]:
+    """What a person said of the file that they import."""
+    return {name: value for name, value in (("origin", config.origin), ("rights", config.rights)) if value}
+
+
 def _estimate(ctx: Context, config: Config, entries: Sequence[Entry]) -> Result:
     """Sizes from the manifest's facts and from what is on disk; nothing is contacted."""
-    rows, texts = [], []
-    for entry in entries:
-        text, measured = size.text_size(entry, ctx.project.raw / entry.id)
-        texts.append(text)
-        source, _ = _maybe_source(ctx, entry)
-        by_hand = source is not None and not source.hosts
-        rows.append(
-            {
-                "id": entry.id,
-                "character": entry.character,
-                "role": entry.role,
-                "status": "up-to-date" if measured else "manual" if by_hand else None,
-                "state": "on-disk" if measured else "missing",
-                "bytes": size.file_bytes(entry),
-                "sha256": None,
-                "text_bytes": text,
-            }
-        )
-    summary = _summary(config, rows, texts)
-    ctx.run.notice(size.one_line(sum(texts), size.tokens_of(texts), config.d_model))
-    return Result("fetch", None, summary)
+    d_model, model = _width(ctx, config)
+    rows, totals = survey.estimate(ctx, entries, d_model, lambda entry: _maybe_source(ctx, entry))
+    summary = _summary(d_model, rows, [row["text_bytes"] for row in rows])
+    ctx.run.notice(size.one_line(summary["text_bytes"], summary["tokens_estimate"], d_model))
+    return Result("fetch", None, {**summary, "totals": totals, "model": model, "d_model": d_model})
 
 
-def _summary(config: Config, rows: Sequence[Mapping[str, Any]], texts: Sequence[int]) -> dict[str, Any]:
+def _audit(ctx: Context, config: Config, entries: Sequence[Entry]) -> Result:
+    """Every byte of what is on disk accounted for; 11 where a work is missing or its text is not what its original gives."""
+    states, rows = survey.audit(ctx, entries, lambda entry: _maybe_source(ctx, entry))
+    summary = _summary(_width(ctx, config)[0], [row.to_json() for row in states], [row["kept"] for row in rows])
+    complete = all(state.status == "up-to-date" for state in states)
+    return Result("fetch", None, {**summary, "audit": rows}, exit_code=0 if complete else 11)
+
+
+def _width(ctx: Context, config: Config) -> tuple[int, str]:
+    """(d_model, name) of the model whose activations are counted."""
+    if config.d_model is not None:
+        return config.d_model, f"a model of width {config.d_model}"
+    return survey.model_width(ctx)
+
+
+def _summary(d_model: int, rows: Sequence[Mapping[str, Any]], texts: Sequence[int]) -> dict[str, Any]:
     tokens = size.tokens_of(texts)
     return {
         "sources": list(rows),
         "text_bytes": sum(texts),
         "tokens_estimate": tokens,
-        "activation_bytes_per_layer": size.activation_bytes(tokens, config.d_model),
+        "activation_bytes_per_layer": size.activation_bytes(tokens, d_model),
     }
 
 
 def _selected(ctx: Context, config: Config) -> list[Entry]:
     if config.import_file is None:
         return ctx.project.manifest.select(characters=config.character, controls=config.control, sources=config.source)
-    if len(config.source) != 1 or config.character or config.control or config.estimate:
+    if len(config.source) != 1 or config.character or config.control or config.estimate or config.audit:
         raise UsageError(
             "--import brings in one work",
             why="it needs exactly one --source and no other selection",
@@ -279,6 +315,7 @@ def _client(ctx: Context, config: Config) -> Client:
         pace=config.pace,
         timeout=config.timeout,
         deadline=config.deadline,
+        attempts=config.attempts,
         sleep=_patient(ctx.run),
     )
 
@@ -327,6 +364,8 @@ def _address(entry: Entry, source: Source, plugins: Mapping[str, str]) -> str | 
 
 
 def _tidy(folder: Path) -> None:
-    """Remove the downloads folder when nothing is waiting in it."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove the downloads folder, and those in it, where nothing is waiting."""
+    inner = list(folder.iterdir()) if folder.is_dir() else []
+    for path in [*inner, folder]:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

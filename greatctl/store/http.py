@@ -4,8 +4,11 @@ The one place that speaks HTTP. It asks slowly (one connection a host, a pause b
 obeyed), says who it is, contacts only hosts that the caller allows and only public addresses, follows
 redirects by hand under the same rules, and resumes a broken download only when the server proves that it is
 still the same file. Bytes are taken as they are (no content encoding), so sizes and ranges mean what they
-say. `--mirror` swaps scheme and host of the first address; that base alone, since a person typed it, may be
-plain http or a private address.
+say. `route.py` knows which address comes next, `manners.py` when.
+
+Proxies of the environment (HTTPS_PROXY, ALL_PROXY) are not used: a proxy would resolve names and connect in our
+stead, and then the check of the address that a name really leads to would be worth nothing. Behind a proxy, name a
+mirror inside the network with `--mirror`.
 """
 
 from __future__ import annotations
@@ -17,28 +20,17 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import httpx2
 
 from .. import __version__
 from ..errors import IntegrityError, NetworkError
-from .addresses import (
-    Resolve,
-    arrows,
-    check,
-    failure,
-    is_loopback,
-    is_public,
-    mirror_base,
-    origin,
-    refusal,
-    resolve,
-    split,
-)
+from .addresses import Resolve, arrows, failure, is_public, refusal, resolve
 from .files import make_dir, sha256_file
 from .manners import GiveUp, Manners, Passing, retry_after
 from .part import Part
+from .route import Route
 
 __all__ = ["Client", "Fetched", "Progress"]
 
@@ -57,6 +49,7 @@ class Fetched:
     Attributes:
         chain: the address and each redirect's target, in their canonical form also where a mirror answered.
         resumed: bytes that an earlier run had brought.
+        unchanged: the server said that the version one has is still the one; no byte came, and no file is there.
     """
 
     path: Path
@@ -65,10 +58,15 @@ class Fetched:
     sha256: str
     etag: str | None
     resumed: int
+    unchanged: bool = False
 
 
 class _Refused(Exception):
     """The rules forbid this address."""
+
+
+class _Unchanged(Exception):
+    """The server answered 304: the version named in the request is the present one."""
 
 
 class Client:
@@ -106,15 +104,13 @@ class Client:
         sleep: Callable[[float], None] = time.sleep,
         transport: Callable[[], httpx2.BaseTransport] | None = None,
     ) -> None:
-        self._mirror = mirror_base(mirror) if mirror else None
-        self._trusted, self._offline = mirror_trusted, offline
-        local = self._mirror is not None and is_loopback(self._mirror.hostname or "")
-        pause = pace if pace is not None else (0.0 if local else 2.0)
+        self._route = Route(mirror, trusted=mirror_trusted, offline=offline)
+        pause = pace if pace is not None else (0.0 if self._route.local else 2.0)
         self._manners = Manners(pause, attempts, longest_wait, clock, sleep)
         self._deadline, self._clock = deadline, clock
         agent = f"greatctl/{__version__}" + (f" (+{contact})" if contact else "")
         self._http = httpx2.Client(
-            transport=_Guard(resolve, self._private_allowed, transport or _one_connection),
+            transport=_Guard(resolve, self._route.private_allowed, transport or _one_connection),
             headers={"User-Agent": agent, "Accept-Encoding": "identity", "Accept": "*/*"},
             timeout=timeout,
             follow_redirects=False,
@@ -141,12 +137,17 @@ class Client:
         hosts: Collection[str],
         *,
         max_bytes: int = 64 * 2**20,
+        unless: str | None = None,
         progress: Progress | None = None,
     ) -> Fetched:
         """Bring `url` to `part_path`, going on from what an earlier run left there.
 
         The caller moves or drops the file (`Part(part_path, url).drop()`); a finished one is not asked for
         again.
+
+        Args:
+            hosts: the only hosts that may be asked or redirected to.
+            unless: ETag of a version that one has; if it is still the present one, nothing is brought.
 
         Raises:
             NetworkError: refused by the rules, not found, or still failing after the retries; names the
@@ -161,7 +162,10 @@ class Client:
         while not part.complete:
             chain: list[str] = []
             try:
-                self._transfer(url, chain, part, hosts, max_bytes, end, lambda d, t: progress and progress(d, t, kept))
+                tell = (lambda done, total: progress(done, total, kept)) if progress else None
+                self._transfer(url, chain, part, hosts, max_bytes, end, unless, tell)
+            except _Unchanged:
+                return Fetched(part.path, tuple(self._route.canonical(url, chain)), 0, "", unless, 0, unchanged=True)
             except Passing as passing:
                 failures = 1 if part.size > best else failures + 1
                 best = max(best, part.size)
@@ -179,19 +183,25 @@ class Client:
         hosts: Collection[str],
         max_bytes: int,
         end: float,
-        progress: Callable[[int, int], object],
+        unless: str | None,
+        progress: Callable[[int, int], object] | None,
     ) -> None:
         """One attempt: ask (for the rest, where something is there), check the answer, append the body."""
-        headers = {"Range": f"bytes={part.size}-", "If-Range": part.etag} if part.size and part.etag else {}
+        headers = {"If-None-Match": unless} if unless and not part.size else {}
+        if part.size and part.etag:
+            headers = {"Range": f"bytes={part.size}-", "If-Range": part.etag}
         with self._open(url, chain, hosts, headers) as answer:
-            _accept(answer, part, chain, self._canonical(url, chain), max_bytes)
+            if answer.status_code == 304 and "If-None-Match" in headers:
+                raise _Unchanged
+            _accept(answer, part, chain, self._route.canonical(url, chain), max_bytes)
             with part.appending() as write:
                 for piece in answer.iter_raw():
                     if part.size + len(piece) > max_bytes:
                         part.drop()
                         raise _too_large(chain, max_bytes)
                     write(piece)
-                    progress(part.size, part.total or 0)
+                    if progress:
+                        progress(part.size, part.total or 0)
                     if self._clock() > end:
                         raise failure(chain, f"not finished within {self._deadline:,.0f} s; what came is kept")
             if part.total is not None and part.size != part.total:
@@ -206,7 +216,7 @@ class Client:
         self, url: str, chain: list[str], hosts: Collection[str], headers: dict[str, str]
     ) -> Iterator[httpx2.Response]:
         """Send the request, following redirects by hand; `chain` grows by every address asked."""
-        target = self._first(url, chain, hosts)
+        target = self._route.first(url, chain, hosts)
         while True:
             if target in chain:
                 raise refusal([*chain, target], "the redirects go in a circle")
@@ -220,46 +230,9 @@ class Client:
                     with _passing_failures():
                         yield answer
                     return
-                target = self._allowed(target, location, chain, hosts)
+                target = self._route.next(target, location, chain, hosts)
             finally:
                 answer.close()
-
-    def _first(self, url: str, chain: list[str], hosts: Collection[str]) -> str:
-        """The address to begin with: `url` itself, or its path at the mirror."""
-        if self._offline:
-            raise NetworkError(
-                "no connection was made",
-                why="--offline is on",
-                fix="run again without --offline",
-                where=url,
-                code="offline",
-            )
-        plain = split(url, chain)
-        check(plain, chain, url, hosts)
-        if self._mirror is None:
-            return url
-        base = self._mirror
-        query = f"?{plain.query}" if plain.query else ""
-        return f"{base.scheme}://{base.netloc}{base.path.rstrip('/')}{plain.path}{query}"
-
-    def _allowed(self, here: str, location: str, chain: list[str], hosts: Collection[str]) -> str:
-        """A redirect's target, if it stays at the mirror or obeys the rules of a first address."""
-        split(location, chain)
-        url = urljoin(here, location)
-        parts = split(url, chain)
-        if self._mirror is None or origin(parts) != origin(self._mirror):
-            check(parts, chain, url, hosts)
-        return parts._replace(fragment="").geturl()
-
-    def _canonical(self, url: str, chain: list[str]) -> list[str]:
-        """The chain as it would read without the mirror, so that it does not depend on where the mirror
-        stood.
-        """
-        if self._mirror is None:
-            return list(chain)
-        here = f"{self._mirror.scheme}://{self._mirror.netloc}{self._mirror.path.rstrip('/')}"
-        there = "https://" + urlsplit(url).netloc
-        return [there + hop.removeprefix(here) if hop.startswith(here) else hop for hop in chain]
 
     def _send(self, url: str, chain: list[str], headers: dict[str, str]) -> httpx2.Response:
         """One paced request; the answer's body is not read yet."""
@@ -277,10 +250,6 @@ class Client:
             self._manners.down(parts.netloc, why)
             raise failure(chain, why) from error
 
-    def _private_allowed(self, url: httpx2.URL) -> bool:
-        base = self._mirror
-        return base is not None and self._trusted and origin(base) == origin(urlsplit(str(url)))
-
 
 class _Guard(httpx2.BaseTransport):
     """Resolves, checks and pins the address of every request; keeps one transport, hence one connection, a
@@ -290,7 +259,7 @@ class _Guard(httpx2.BaseTransport):
     def __init__(
         self,
         resolve: Resolve,
-        private_allowed: Callable[[httpx2.URL], bool],
+        private_allowed: Callable[[str], bool],
         build: Callable[[], httpx2.BaseTransport],
     ) -> None:
         self._resolve, self._private_allowed, self._build = resolve, private_allowed, build
@@ -300,7 +269,7 @@ class _Guard(httpx2.BaseTransport):
         """Send `request` to an address that was checked; the name stays in Host and in the TLS handshake."""
         url = request.url
         addresses = list(self._resolve(url.host, url.port or (443 if url.scheme == "https" else 80)))
-        if not self._private_allowed(url):
+        if not self._private_allowed(str(url)):
             refused = [a for a in addresses if not is_public(a)]
             addresses = [a for a in addresses if is_public(a)]
             if refused and not addresses:
