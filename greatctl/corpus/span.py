@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import IntegrityError
-from .clean import Cleaner
+from .cuts import Cleaner
 from .encoding import normalise
 
 if TYPE_CHECKING:
