@@ -1,144 +1,99 @@
 """Token windows: documents cut into rows of equal length, and the way back to their characters.
 
-A row is BOS and then `window - 1` consecutive tokens of one document; rows never cross documents, and the
-last row of a document is padded on the right. Character spans of a document's rows tile its text without gap
-or overlap, so that every activation can be shown in its place. The tokenizer is handed in as a function; this
-file knows no model.
+A row is BOS and then `window - 1` consecutive tokens of one stretch of one document; rows never cross documents, nor a
+place where text was left out, and the last row of a stretch is padded on the right (that is the whole tail policy:
+nothing is dropped, nothing is joined). Every token knows the character at which it ends in the document's clean text,
+so that any activation can be shown in its place.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file
 
 from ..errors import IntegrityError
-from ..store.files import make_dir, sha256_bytes, write_bytes, write_json
-from ..store.tables import read_columns, read_rows, write_table
+from ..store.tables import read_columns, read_rows
 
-__all__ = ["EXPORTS", "Rows", "TokenStore", "build", "cut", "export"]
+__all__ = ["DOCUMENTS", "TOKENIZER", "WINDOWS", "WINDOW_TABLE", "Rows", "TokenStore", "cut"]
 
-EXPORTS = ("pt", "datasets", "parquet")
-_BATCH_CHARS = 4_000_000  # texts tokenized together: enough to keep all cores busy, some hundred MB at most
-
-Encode = Callable[[Sequence[str]], Sequence[tuple[np.ndarray, np.ndarray]]]
+WINDOWS, WINDOW_TABLE = "windows.safetensors", "windows.parquet"
+DOCUMENTS, TOKENIZER = "documents.parquet", "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The windows of one document: input_ids int32 [n, window], and per window int32 [n] the rest."""
+    """The windows of one stretch of text: input_ids and token_end int32 [n, window], and int32 [n] the rest.
+
+    `token_end` is where a token ends: a token covers the characters from its left neighbour's end to its own, and the
+    BOS stands at the window's first character with no width, as padding stands at its last.
+    """
 
     input_ids: np.ndarray
+    token_end: np.ndarray
     length: np.ndarray
     first_token: np.ndarray
     char_start: np.ndarray
     char_end: np.ndarray
 
 
-def cut(ids: np.ndarray, ends: np.ndarray, n_chars: int, *, window: int, bos: int, pad: int) -> Rows:
-    """Cut one document's tokens into windows.
+def cut(
+    ids: np.ndarray,
+    ends: np.ndarray,
+    n_chars: int,
+    *,
+    window: int,
+    bos: int,
+    pad: int,
+    first_char: int = 0,
+    first_token: int = 0,
+) -> Rows:
+    """Cut the tokens of one stretch of a document into windows.
 
     Args:
         ids: token ids int32 [n], no special token among them.
-        ends: int32 [n], the character at which each token ends.
-        n_chars: length of the document's text.
+        ends: int32 [n], the character of the stretch at which each token ends.
+        n_chars: length of the stretch.
         window: tokens a row, BOS included.
+        first_char, first_token: where the stretch begins in its document.
     """
     body = window - 1
     n = -(-len(ids) // body)
-    rows = np.full((n, window), pad, dtype=np.int32)
-    rows[:, 0] = bos
-    padded = np.full(n * body, pad, dtype=np.int32)
-    padded[: len(ids)] = ids
-    rows[:, 1:] = padded.reshape(n, body)
     first = np.arange(n, dtype=np.int32) * body
     count = np.minimum(len(ids) - first, body).astype(np.int32)
-    last = (first + count - 1).astype(np.int64)
-    char_end = ends[last].astype(np.int32)
+    char_end = ends[(first + count - 1).astype(np.int64)].astype(np.int32) if n else np.zeros(0, np.int32)
     if n:
         char_end[-1] = n_chars
     char_start = np.concatenate([np.zeros(min(n, 1), np.int32), char_end[:-1]])
-    return Rows(rows, count + 1, first, char_start, char_end)
+    rows = np.full((n, window), pad, dtype=np.int32)
+    rows[:, 0] = bos
+    rows[:, 1:] = _filled(ids, n * body, pad).reshape(n, body)
+    places = np.empty((n, window), dtype=np.int32)
+    places[:, 0] = char_start
+    places[:, 1:] = _filled(ends, n * body, n_chars).reshape(n, body)
+    return Rows(
+        rows, places + first_char, count + 1, first + first_token, char_start + first_char, char_end + first_char
+    )
 
 
-def build(
-    folder: Path,
-    documents: Sequence[Mapping[str, object]],
-    texts: Iterable[str],
-    encode: Encode,
-    *,
-    window: int,
-    tokenizer: Mapping[str, Any],
-    on_document: Callable[[int], None] = lambda done: None,
-) -> dict[str, int]:
-    """Tokenize `texts` and write the four files of a tokens artifact into `folder`.
-
-    Args:
-        documents: one row a text, in the same order, with what is known about it (source_id, author, work,
-        …).
-        encode: texts -> (ids, ends) each, without special tokens.
-        tokenizer: name, path_or_id, bos_id, pad_id, special_ids, vocab_size, sha256.
-        on_document: called with the number of documents done.
-
-    Returns: n_windows and n_tokens (BOS and padding not counted).
-    """
-    bos, pad = int(tokenizer["bos_id"]), int(tokenizer["pad_id"])
-    pieces: list[Rows] = []
-    table: list[dict[str, Any]] = []
-    for batch in _batches(texts):
-        for text, (ids, ends) in zip(batch, encode(batch), strict=True):
-            rows = cut(ids, ends, len(text), window=window, bos=bos, pad=pad)
-            number = len(table)
-            counts = {"n_windows": len(rows.length), "n_tokens": len(ids)}
-            digest = sha256_bytes(text.encode())
-            table.append({"document": number, **documents[number], **counts, "text_sha256": digest})
-            pieces.append(rows)
-            on_document(len(table))
-    _write(folder, pieces, table, window)
-    write_json(folder / "tokenizer.json", dict(tokenizer))
-    return {
-        "n_windows": sum(len(p.length) for p in pieces),
-        "n_tokens": sum(int(r["n_tokens"]) for r in table),
-    }
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        if batch and sum(map(len, batch)) + len(text) > _BATCH_CHARS:
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
-
-
-def _write(folder: Path, pieces: Sequence[Rows], table: Sequence[Mapping[str, object]], window: int) -> None:
-    none = np.zeros(0, np.int32)
-    ids = np.concatenate([np.zeros((0, window), np.int32), *(p.input_ids for p in pieces)])
-    length = np.concatenate([none, *(p.length for p in pieces)])
-    write_bytes(folder / "windows.safetensors", save_arrays({"input_ids": ids, "length": length}))
-    number = [np.full(len(p.length), i, np.int32) for i, p in enumerate(pieces)]
-    columns: dict[str, Any] = {"document": np.concatenate([none, *number])}
-    for name in ("first_token", "char_start", "char_end"):
-        columns[name] = np.concatenate([none, *(getattr(p, name) for p in pieces)])
-    write_table(folder / "windows.parquet", columns)
-    write_table(folder / "documents.parquet", {key: [row[key] for row in table] for key in table[0]})
+def _filled(values: np.ndarray, size: int, filler: int) -> np.ndarray:
+    padded = np.full(size, filler, dtype=np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 class TokenStore:
-    """A tokens artifact, read.
+    """A tokens artifact, read. The large tensors are mapped from the disk, not loaded.
 
     Attributes:
         input_ids: int32 [n_windows, window]; length: int32 [n_windows], tokens including BOS.
+        token_end: int32 [n_windows, window], the character of the document at which each token ends.
         documents: one row a document; windows: columns document, first_token, char_start, char_end.
         tokenizer: what tokenizer.json says.
     """
@@ -146,15 +101,24 @@ class TokenStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            tensors = load_file(path / "windows.safetensors")
-            self.tokenizer: dict = json.loads((path / "tokenizer.json").read_bytes())
-        except (OSError, ValueError, SafetensorError) as error:
+            tensors = load_file(path / WINDOWS)
+            self.tokenizer: dict = json.loads((path / TOKENIZER).read_bytes())
+            self.input_ids: torch.Tensor = tensors["input_ids"]
+            self.length: torch.Tensor = tensors["length"]
+            self.token_end: torch.Tensor = tensors["token_end"]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             fix = "run `greatctl tokenize` again: it redoes what is damaged"
             raise IntegrityError(f"{path} cannot be read", why=str(error), fix=fix, where=str(path)) from error
-        self.input_ids: torch.Tensor = tensors["input_ids"]
-        self.length: torch.Tensor = tensors["length"]
-        self.documents = read_rows(path / "documents.parquet")
-        self.windows = read_columns(path / "windows.parquet")
+
+    @cached_property
+    def documents(self) -> list[dict]:
+        """One row a document, in order."""
+        return read_rows(self.path / DOCUMENTS)
+
+    @cached_property
+    def windows(self) -> dict[str, list]:
+        """Columns document, first_token, char_start, char_end; one value a window."""
+        return read_columns(self.path / WINDOW_TABLE)
 
     @property
     def window(self) -> int:
@@ -165,47 +129,7 @@ class TokenStore:
         """The row of documents.parquet that window number `window` belongs to."""
         return self.documents[self.windows["document"][window]]
 
-
-def export(store: TokenStore, folder: Path, forms: Sequence[str], names: Mapping[str, str]) -> list[Path]:
-    """Write the windows for other programs, one file (or folder) a document.
-
-    Args:
-        forms: of `pt` ({"input_ids": long [n, window] of full windows, "meta": dict}), `parquet` (one row a
-        full
-            window) and `datasets` (a folder that `datasets.load_from_disk` opens).
-        names: source id -> file stem.
-    """
-    make_dir(folder)
-    written = []
-    owner = np.asarray(store.windows["document"], dtype=np.int64)
-    full = (store.length == store.window).numpy()
-    for document in store.documents:
-        rows = np.flatnonzero((owner == document["document"]) & full)
-        ids = store.input_ids[torch.from_numpy(rows)].long()
-        meta = {**document, "window": store.window, "tokenizer": store.tokenizer["name"]}
-        for form in forms:
-            path = folder / (names[document["source_id"]] + {"pt": ".pt", "parquet": ".parquet"}.get(form, ""))
-            _WRITERS[form](path, ids, meta)
-            written.append(path)
-    return written
-
-
-def _write_pt(path: Path, ids: torch.Tensor, meta: dict) -> None:
-    torch.save({"input_ids": ids, "meta": meta}, path)
-
-
-def _write_parquet(path: Path, ids: torch.Tensor, meta: dict) -> None:
-    write_table(path, {"input_ids": ids.tolist(), **{k: [v] * len(ids) for k, v in meta.items()}})
-
-
-def _write_datasets(path: Path, ids: torch.Tensor, meta: dict) -> None:
-    from datasets import Dataset
-
-    # the fingerprint is random unless given, and it is written to disk
-    mark = sha256_bytes(ids.numpy().tobytes())[:16]
-    rows = Dataset.from_dict({"input_ids": ids.tolist()})
-    rows.info.description = json.dumps(meta, ensure_ascii=False, sort_keys=True)
-    Dataset(rows.data, info=rows.info, fingerprint=mark).save_to_disk(str(path))
-
-
-_WRITERS = {"pt": _write_pt, "parquet": _write_parquet, "datasets": _write_datasets}
+    def span(self, window: int, position: int) -> tuple[int, int]:
+        """Characters (from, to) of the document's clean text that the token at `position` of `window` covers."""
+        end = int(self.token_end[window, position])
+        return (int(self.token_end[window, position - 1]) if position else end), end

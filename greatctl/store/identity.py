@@ -56,5 +56,14 @@ def difference(old: Mapping, new: Mapping) -> str:
             if before.get(key) != after.get(key):
                 if part in ("inputs", "plugins"):
                     return f"{part}.{key} changed"
-                return f"{part}.{key} {before.get(key)} -> {after.get(key)}"
+                return f"{part}.{key} {_change(before.get(key), after.get(key))}"
     return "the fingerprint differs"
+
+
+def _change(before: object, after: object) -> str:
+    """ "64 -> 32"; of a table, the first of its entries that changed."""
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return f"{before} -> {after}"
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    what = "is new" if keys[0] not in before else "is gone" if keys[0] not in after else "changed"
+    return f"{keys[0]} {what}" + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
