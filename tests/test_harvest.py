@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_llama import TEXT, context, make_project, save_tiny
 
+from greatctl import model
 from greatctl.corpus.windows import TokenStore
 from greatctl.errors import (
     InputError,
@@ -29,7 +32,9 @@ from greatctl.errors import (
 )
 from greatctl.events import Event, Run, StopRequest
 from greatctl.model.lean import LeanModel
+from greatctl.model.reading import auto_batch
 from greatctl.stages import harvest, tokenize
+from greatctl.stages.behind import Behind
 from greatctl.stages.context import Project
 from greatctl.store import shards
 from greatctl.store.artifact import load
@@ -164,6 +169,7 @@ from dataclasses import replace
 from tiny_llama import context
 from greatctl import manifest
 from greatctl.stages import harvest
+from greatctl.stages.behind import Behind
 from greatctl.stages.context import Project
 from greatctl.store import shards
 root = Path(sys.argv[1])
@@ -308,7 +314,9 @@ def test_bad_places_are_refused_before_weights_are_read(
         harvest.run(ctx, config(hook_point=["blocks.1.hook_resid_pots"]))
     assert "'blocks.1.hook_resid_post'" in caught.value.fix
     with pytest.raises(UsageError, match="lean engine"):
-        harvest.run(ctx, config(hook_point=["blocks.1.attn.hook_z"], engine="lean"))
+        harvest.run(ctx, config(hook_point=["blocks.1.ln1.hook_normalized"], engine="lean"))
+    with pytest.raises(UsageError, match="hook_pattern cannot be harvested"):
+        harvest.run(ctx, config(hook_point=["blocks.1.attn.hook_pattern"]))
 
 
 def test_layer_is_short_for_its_residual_stream(tmp_path: Path, folder: Path) -> None:
@@ -338,7 +346,7 @@ def test_without_tokens_it_says_to_tokenize_first(tmp_path: Path) -> None:
 def test_other_sites_are_harvested_through_transformer_lens(tmp_path: Path, folder: Path) -> None:
     pytest.importorskip("transformer_lens")
     project = tokenized(tmp_path, folder)
-    both = config(hook_point=["blocks.1.attn.hook_z", SITE])
+    both = config(hook_point=["blocks.1.ln1.hook_normalized", SITE])
     result = harvest.run(context(project), both)
     assert result.summary["d_model"] == 32
     truth = outputs_acts(project, SITE)
@@ -348,3 +356,184 @@ def test_other_sites_are_harvested_through_transformer_lens(tmp_path: Path, fold
 
 def outputs_acts(project: Project, site: str) -> torch.Tensor:
     return torch.cat([shard["acts"] for shard in ShardReader(project.activations / "tiny" / site)])
+
+
+def words(seed: int) -> str:
+    """A text that no other repeats, and whose last window is as long as its seed makes it."""
+    chance = random.Random(seed)
+    return " ".join("".join(chance.choices("aehilnorst", k=5)) for _ in range(7 + 2 * seed)) + ".\n"
+
+
+UNEVEN = {f"wood-{seed}": words(seed) for seed in range(7)}
+
+
+def uneven(root: Path, folder: Path) -> Project:
+    project = make_project(root, UNEVEN)
+    tokenize.run(context(project), tokenize.Config(model=str(folder), window=16))
+    return project
+
+
+def test_heads_and_neurons_are_harvested_flat(tmp_path: Path, folder: Path) -> None:
+    project = uneven(tmp_path, folder)
+    sites = ["blocks.1.attn.hook_k", "blocks.0.mlp.hook_post"]
+    result = harvest.run(context(project), config(hook_point=sites))
+    assert result.summary["d_model"] == 16  # two key-value heads of eight
+    frozen = model.load(folder, name="tiny")
+    store = TokenStore(project.tokens / "tiny-16")
+    truth = frozen.capture(store.input_ids.long(), sites)[sites[0]].flatten(2)
+    for shard in ShardReader(project.activations / "tiny" / sites[0]):
+        rows = truth[shard["window"].long(), shard["position"].long()]
+        assert (shard["acts"] - rows).abs().max() <= 1e-5
+
+
+def test_windows_of_uneven_length_give_the_rows_of_one_by_one_with_hardly_any_padding(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = uneven(tmp_path, folder)
+    read_tokens = []
+    capture = LeanModel.capture
+    monkeypatch.setattr(LeanModel, "capture", lambda *a: read_tokens.append(a[1].numel()) or capture(*a))
+    result = harvest.run(context(project), config(shard_windows=64))
+    store = TokenStore(project.tokens / "tiny-16")
+    assert len(set(store.length.tolist())) >= 4
+    real, padded = result.summary["n_tokens"], sum(read_tokens[1:])  # the first is the self-check
+    assert padded - real < 0.4 * (store.input_ids.numel() - real)  # type: ignore[operator]
+    frozen = model.load(folder, name="tiny")
+    (shard,) = ShardReader(project.activations / "tiny" / SITE)
+    at = 0
+    for window, length in enumerate(store.length.tolist()):
+        alone = frozen.capture(store.input_ids[window : window + 1, :length].long(), [SITE])[SITE][0]
+        assert (shard["acts"][at : at + length] - alone).abs().max() <= 1e-5
+        assert shard["window"][at : at + length].tolist() == [window] * length
+        assert shard["position"][at : at + length].tolist() == list(range(length))
+        at += length
+    assert at == len(shard["acts"])
+
+
+def test_running_out_of_memory_halves_the_batch_and_keeps_the_artifact(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = uneven(tmp_path / "calm", folder)
+    artifact = harvest.run(context(calm), config(batch_size=8)).artifact
+    capture = LeanModel.capture
+    asked = []
+
+    def tight(self: LeanModel, tokens: torch.Tensor, sites: list[str]) -> dict[str, torch.Tensor]:
+        asked.append(len(tokens))
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(self, tokens, sites)
+
+    monkeypatch.setattr(LeanModel, "capture", tight)
+    said: list[Event] = []
+    project = uneven(tmp_path / "tight", folder)
+    result = harvest.run(context(project, emit=said.append), config(batch_size=8))
+    notices = [e.message for e in said if e.kind == "notice" and "memory" in e.message]
+    assert [words.split()[-5:-3] for words in notices] == [["with", "4"], ["with", "2"]]
+    assert asked[1:4] == [8, 4, 2] and max(asked[4:]) == 2  # for good, in later shards too
+    assert artifact is not None and result.artifact is not None
+    assert load(result.artifact).fingerprint == load(artifact).fingerprint
+    for ours, theirs in zip(ShardReader(result.artifact), ShardReader(artifact), strict=True):
+        for key in ours:
+            assert torch.allclose(ours[key], theirs[key], rtol=1e-5, atol=1e-6), key
+    monkeypatch.setattr(LeanModel, "capture", lambda *a: pytest.fail("it is up to date"))
+    assert harvest.run(context(project), config(batch_size=8)).up_to_date
+
+
+def test_memory_that_holds_no_window_is_an_error(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = uneven(tmp_path, folder)
+    capture, calls = LeanModel.capture, []
+
+    def never(self: LeanModel, tokens: torch.Tensor, sites: list[str]) -> dict[str, torch.Tensor]:
+        calls.append(tokens)
+        if len(calls) == 1:  # the self-check
+            return capture(self, tokens, sites)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(LeanModel, "capture", never)
+    with pytest.raises(ResourceError, match="one window"):
+        harvest.run(context(project), config())
+
+
+def test_without_a_batch_size_one_is_chosen_from_the_window_alone(tmp_path: Path, folder: Path) -> None:
+    assert (auto_batch(torch.device("cpu"), 256), auto_batch(torch.device("cuda", 1), 256)) == (16, 64)
+    assert auto_batch(torch.device("cpu"), 10**6) == 1
+    project = uneven(tmp_path, folder)
+    result = harvest.run(context(project), harvest.Config(layer=1))
+    assert result.summary["shards"] == 1
+    assert harvest.run(context(project), harvest.Config(layer=1)).up_to_date
+
+
+def test_compiling_is_asked_for_checked_and_given_up_with_a_notice(
+    tmp_path: Path, folder: Path, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append(how) or function)
+    project = tokenized(tmp_path / "auto", folder)
+    harvest.run(context(project), config())
+    assert compiled == [] and outputs(project) == undisturbed  # on the CPU, auto changes no byte
+    project = tokenized(tmp_path / "on", folder)
+    harvest.run(context(project), config(compile="on"))
+    assert len(compiled) == 1
+    truth = ShardReader(tmp_path / "auto" / "data" / "activations" / "tiny" / SITE)
+    for ours, theirs in zip(ShardReader(project.activations / "tiny" / SITE), truth, strict=True):
+        assert torch.allclose(ours["acts"], theirs["acts"], atol=1e-5)
+
+    def broken(function: Any, **how: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    project = tokenized(tmp_path / "broken", folder)
+    said: list[Event] = []
+    harvest.run(context(project, emit=said.append), config(compile="on"))
+    assert any("without being compiled" in e.message for e in said if e.kind == "notice")
+
+
+def test_an_error_of_the_writer_ends_the_run_and_keeps_what_was_written(
+    tmp_path: Path, folder: Path, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tokenized(tmp_path, folder)
+    write = shards.ShardWriter.write
+
+    def full(self: Any, number: int, *rest: Any) -> Any:
+        if number == 1:
+            raise ResourceError("the disk is full")
+        return write(self, number, *rest)
+
+    monkeypatch.setattr(shards.ShardWriter, "write", full)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        harvest.run(context(project), config())
+    monkeypatch.setattr(shards.ShardWriter, "write", write)
+    harvest.run(context(project), config())
+    assert outputs(project) == undisturbed
+
+
+def test_work_behind_keeps_its_order_and_its_errors() -> None:
+    done: list[int] = []
+    with Behind() as behind:
+        for number in range(5):
+            behind.put(lambda number=number: (time.sleep(0.002 * (5 - number)), done.append(number)))
+    assert done == [0, 1, 2, 3, 4]
+    with pytest.raises(ZeroDivisionError), Behind() as behind:
+        behind.put(lambda: 1 // 0)
+    with pytest.raises(KeyError, match="first"), Behind() as behind:  # what failed first is what is told
+        behind.put(lambda: 1 // 0)
+        raise KeyError("first")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_gpu_gives_the_rows_and_the_statistics_of_the_cpu(compile: str, tmp_path: Path, folder: Path) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        project = uneven(tmp_path / device, folder)
+        ctx = dataclasses.replace(context(project), device=device)
+        artifact = harvest.run(ctx, config(compile=compile if device == "cuda" else "off")).artifact
+        assert artifact is not None
+        found.append((load_file(artifact / "stats.safetensors"), list(ShardReader(artifact))))
+    (stats, rows), (stats_gpu, rows_gpu) = found
+    for key, value in stats.items():
+        assert torch.allclose(value, stats_gpu[key], rtol=1e-4, atol=1e-5), key
+    for ours, theirs in zip(rows_gpu, rows, strict=True):
+        assert torch.equal(ours["window"], theirs["window"]) and torch.equal(ours["token"], theirs["token"])
+        assert (ours["acts"] - theirs["acts"]).abs().max() <= 1e-3

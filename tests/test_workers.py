@@ -14,7 +14,7 @@ from greatctl.stages.context import Project
 from greatctl.stages.workers import Share
 from greatctl.store import lock, shards
 from greatctl.store.lock import hold
-from tests.test_harvest import SITE, config, outputs, tokenized
+from tests.test_harvest import SITE, config, outputs, tokenized, uneven
 from tests.tiny_llama import context, save_tiny
 
 
@@ -48,6 +48,15 @@ def test_two_workers_and_a_sealing_run_give_the_bytes_of_one(
     harvest.run(context(project), config())
     assert outputs(project) == single
     assert _left_over(project) == []
+
+
+def test_three_workers_give_the_bytes_of_one_on_windows_of_uneven_length(tmp_path: Path, folder: Path) -> None:
+    alone, shared = uneven(tmp_path / "alone", folder), uneven(tmp_path / "shared", folder)
+    harvest.run(context(alone), config())
+    for worker in ("3/3", "1/3", "2/3"):
+        harvest.run(context(shared), config(worker=worker))
+    harvest.run(context(shared), config())
+    assert outputs(shared) == outputs(alone)
 
 
 def test_a_killed_worker_is_taken_over_by_a_single_run(

@@ -37,6 +37,10 @@ def save_tiny(folder: Path, *, seed: int = 0, model: type = LlamaForCausalLM, **
         "pad_token_id": 1,
     }
     kind = getattr(model, "config_class", LlamaConfig)
+    if kind.model_type in ("gpt2", "gpt_neox"):  # these have no such thing, and would keep the word as if they had
+        del settings["num_key_value_heads"]
+    if kind.model_type == "gpt2":
+        settings["n_inner"] = settings.pop("intermediate_size")
     torch.manual_seed(seed)
     hf = model(kind(**{**settings, **config})).eval()
     with torch.no_grad():  # the usual initialisation is so small that an untouched site would pass for a right one

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .loading import describe as describe
     from .loading import load as load
     from .loading import revision_of as revision_of
+    from .loading import weight_bytes as weight_bytes
     from .tokenizer import encode as encode
     from .tokenizer import load_tokenizer as load_tokenizer
 
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "revision_of",
+    "weight_bytes",
 ]
 
 _HOME = {
@@ -41,6 +43,7 @@ _HOME = {
     "describe": "loading",
     "load": "loading",
     "revision_of": "loading",
+    "weight_bytes": "loading",
     "encode": "tokenizer",
     "load_tokenizer": "tokenizer",
 }

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StageError, UsageError
-from .interface import Intervention, Site, unknown_site
+from .families import heads_of
+from .interface import Intervention, Site, Start, unknown_site
 
 if TYPE_CHECKING:
     from .loading import ModelInfo
+    from .past import Past
 
 __all__ = ["BridgeModel"]
 
@@ -26,6 +28,7 @@ class BridgeModel:
     """`FrozenModel` over a `TransformerBridge`; the contract is there. `hf` must not be used elsewhere."""
 
     engine = "transformer-lens"
+    reuses_prefix = False
 
     def __init__(self, hf: Any, info: ModelInfo, tokenizer: Any, special_ids: Sequence[int]) -> None:
         from transformer_lens.model_bridge import TransformerBridge
@@ -40,6 +43,7 @@ class BridgeModel:
             info.d_vocab,
             info.n_ctx,
         )
+        self.n_heads, self.n_kv_heads, self.d_head, self.d_mlp = heads_of(hf.config)
         self.tokenizer, self.special_ids = tokenizer, list(special_ids)
         self._bridge: Any = TransformerBridge.boot_transformers(
             info.name, hf_model=hf, tokenizer=tokenizer, device=str(self.device), dtype=self.dtype
@@ -67,6 +71,14 @@ class BridgeModel:
             raise StageError(f"the site {missing[0]} did not fire", why="TransformerLens ran past it in silence")
         return {site: cache[site] for site in sites}
 
+    def capture_all(self, tokens: torch.Tensor, sites: Sequence[str]) -> tuple[dict[str, torch.Tensor], Past]:
+        """Always refused: TransformerLens cannot resume behind a prefix (`reuses_prefix` is False)."""
+        raise _no_prefix()
+
+    def past(self, tokens: torch.Tensor) -> Past:
+        """Always refused, as `capture_all`."""
+        raise _no_prefix()
+
     def run(
         self,
         tokens: torch.Tensor,
@@ -84,8 +96,16 @@ class BridgeModel:
         interventions: Sequence[Intervention] = (),
         *,
         positions: torch.Tensor | None = None,
+        start: int = 0,
+        past: Past | None = None,
     ) -> torch.Tensor:
-        """Logits from the residual entering block `layer`; see `FrozenModel.resume`. Saves no time here."""
+        """Logits from the residual entering block `layer`; see `FrozenModel.resume`. Saves no time here.
+
+        Raises:
+            UsageError: `start` is not 0; TransformerLens cannot resume behind a prefix.
+        """
+        if start:
+            raise _no_prefix()
         early = [i.site for i in interventions if Site.parse(i.site).layer < layer]
         if early:
             raise StageError(
@@ -96,9 +116,24 @@ class BridgeModel:
         residual = residual.to(self.device, self.dtype)
         return self._finish(residual, interventions, positions, start_at_layer=layer)
 
+    def climb(
+        self,
+        starts: Sequence[Start],
+        *,
+        positions: torch.Tensor | None = None,
+        start: int = 0,
+        past: Past | None = None,
+    ) -> torch.Tensor:
+        """Always refused, as `capture_all`."""
+        raise _no_prefix()
+
     def check(self, tokens: torch.Tensor, sites: Sequence[str]) -> dict[str, float]:
         """Every site fires (else an error); the bridge itself is the oracle, so the difference is 0."""
         return dict.fromkeys(self.capture(tokens, sites), 0.0)
+
+    def accelerate(self, tokens: torch.Tensor, sites: Sequence[str], *, compiled: bool = False) -> str | None:
+        """Nothing to fuse here: TransformerLens computes every step by itself, so that its hooks fire."""
+        return "the transformer-lens engine has no fused form"
 
     def _known(self, sites: Sequence[str]) -> None:
         for name in sites:
@@ -122,6 +157,14 @@ class BridgeModel:
         if positions is None:
             return logits
         return logits[torch.arange(len(logits), device=logits.device), positions.to(logits.device)]
+
+
+def _no_prefix() -> UsageError:
+    return UsageError(
+        "TransformerLens cannot reuse a prefix",
+        why="its start_at_layer takes a residual, but no keys and values",
+        fix="resume at position 0, or use --engine lean",
+    )
 
 
 def _hook(intervention: Intervention, fired: set[str]) -> Callable[..., torch.Tensor]:

@@ -18,18 +18,33 @@ from ..errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+    from .past import Past
+
 __all__ = [
     "BLOCK_SITES",
+    "HEAD_SITES",
+    "LEAN_SITES",
     "RESIDUAL_SITES",
     "FrozenModel",
     "Intervention",
     "Site",
+    "Start",
     "site_names",
     "unknown_site",
 ]
 
 # in the order in which a block computes them
 RESIDUAL_SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+HEAD_SITES = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z")
+LEAN_SITES = (
+    "hook_resid_pre",
+    *HEAD_SITES,
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
 # what TransformerLens calls the rest of a block, besides its parts (attn.…, mlp.…, ln1.…)
 BLOCK_SITES = (*RESIDUAL_SITES, "hook_in", "hook_out", "hook_attn_in", "hook_mlp_in")
 _SITE = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -37,10 +52,19 @@ _SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Intervention:
-    """Replace the tensor at `site` by `edit(tensor)`, of the same shape [batch, position, …]."""
+    """Replace the tensor at `site` by `edit(tensor)`, of the same shape (see `FrozenModel` for the shapes)."""
 
     site: str
     edit: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Runs that begin in the middle: `residual` [b, q, d] entering block `layer`, edited by `interventions` of their own."""
+
+    layer: int
+    residual: torch.Tensor
+    interventions: Sequence[Intervention] = ()
 
 
 @dataclass(frozen=True)
@@ -72,13 +96,18 @@ class Site:
 
     @property
     def is_residual(self) -> bool:
-        """Whether the lean engine knows this kind."""
+        """Whether it is a vector of the residual stream's width, one a position."""
         return self.kind in RESIDUAL_SITES
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether the lean engine knows this kind."""
+        return self.kind in LEAN_SITES
 
-def site_names(n_layers: int) -> list[str]:
-    """The residual sites of all blocks, in the order in which they are computed."""
-    return [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in RESIDUAL_SITES]
+
+def site_names(n_layers: int, kinds: Sequence[str] = LEAN_SITES) -> list[str]:
+    """The sites of all blocks, in the order in which they are computed."""
+    return [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in kinds]
 
 
 def unknown_site(name: str, known: Iterable[str]) -> UsageError:
@@ -90,13 +119,27 @@ class FrozenModel(Protocol):
     """A language model that is read and edited, never trained. Its parameters require no gradient.
 
     Tokens are right-padded without a mask: a causal model's values at real positions do not depend on what
-    follows.
+    follows. Below, b is the batch, p the positions of the sequence and q those that are computed (q = p unless a
+    run is resumed behind a prefix).
+
+    | site | tensor |
+    |---|---|
+    | hook_resid_pre, hook_attn_out, hook_resid_mid, hook_mlp_out, hook_resid_post | [b, q, d_model] |
+    | attn.hook_q (before RoPE), attn.hook_z | [b, q, n_heads, d_head] |
+    | attn.hook_k (before RoPE), attn.hook_v | [b, q, n_kv_heads, d_head] |
+    | attn.hook_pattern (the layer then leaves SDPA for an explicit softmax) | [b, n_heads, q, p] |
+    | mlp.hook_post (what enters the down projection) | [b, q, d_mlp] |
+
+    All tensors are handed out, and handed to edits, on `device`, also where the blocks lie on several devices.
 
     Attributes:
         name: the name it was asked for by; `revision` pins its weights.
         n_layers: blocks of the whole model, also where fewer are loaded.
+        n_kv_heads: key-value heads; each serves n_heads / n_kv_heads query heads.
+        d_mlp: width of the MLP's inside.
         n_ctx: longest sequence.
         special_ids: token ids that are no text (BOS, EOS, reserved ones, padding), sorted.
+        reuses_prefix: whether `past`, `capture_all`, `climb` and `resume(start=…)` work.
     """
 
     name: str
@@ -104,23 +147,40 @@ class FrozenModel(Protocol):
     engine: str
     n_layers: int
     d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
     d_vocab: int
     n_ctx: int
     device: torch.device
     dtype: torch.dtype
     tokenizer: Any
     special_ids: list[int]
+    reuses_prefix: bool
 
     def sites(self) -> list[str]:
         """Every site this engine can capture."""
         ...
 
     def capture(self, tokens: torch.Tensor, sites: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Activations [b, p, d] at `sites` for tokens [b, p] (long); stops after the deepest. No gradients.
+        """Activations at `sites` for tokens [b, p] (long); stops after the deepest. No gradients.
 
         Raises:
             UsageError: a site is unknown (nearest names given).
         """
+        ...
+
+    def capture_all(self, tokens: torch.Tensor, sites: Sequence[str]) -> tuple[dict[str, torch.Tensor], Past]:
+        """`capture(tokens, sites)` and `past(tokens)` in one pass over all blocks.
+
+        Raises:
+            UsageError: a site is unknown, or the engine keeps no past.
+        """
+        ...
+
+    def past(self, tokens: torch.Tensor) -> Past:
+        """Keys and values of every block for tokens [b, p], for `resume(start=…)`. No gradients."""
         ...
 
     def run(
@@ -147,8 +207,37 @@ class FrozenModel(Protocol):
         interventions: Sequence[Intervention] = (),
         *,
         positions: torch.Tensor | None = None,
+        start: int = 0,
+        past: Past | None = None,
     ) -> torch.Tensor:
-        """Like `run`, but from `residual` [b, p, d] entering block `layer` (its `hook_resid_pre`)."""
+        """Like `run`, but from `residual` [b, q, d] entering block `layer` (its `hook_resid_pre`).
+
+        With `start`, the residual holds the positions start .. start + q - 1 alone, and attention sees the keys and
+        values of the positions before `start` in `past` (b rows, of a run whose prefix is unchanged). Edits then
+        see q positions, logits are [b, q, V]; `positions` stay absolute.
+
+        Raises:
+            UsageError: no past, or one that is too short or has other rows; a position before `start`.
+        """
+        ...
+
+    def climb(
+        self,
+        starts: Sequence[Start],
+        *,
+        positions: torch.Tensor | None = None,
+        start: int = 0,
+        past: Past | None = None,
+    ) -> torch.Tensor:
+        """Like `resume` for several runs at once that begin at different blocks: one walk, which each joins at its block.
+
+        Args:
+            starts: in the order of their layers; all residuals have the same q.
+            positions, start, past: as in `resume`, for the rows of all starts one after the other.
+
+        Returns:
+            Logits of all rows, [n, q, V], or [n, V] with positions.
+        """
         ...
 
     def check(self, tokens: torch.Tensor, sites: Sequence[str]) -> dict[str, float]:
@@ -158,5 +247,14 @@ class FrozenModel(Protocol):
 
         Raises:
             StageError: a site disagrees beyond the tolerance of the dtype; names the site.
+        """
+        ...
+
+    def accelerate(self, tokens: torch.Tensor, sites: Sequence[str], *, compiled: bool = False) -> str | None:
+        """Make later passes faster where blocks are not looked into: fused products, blocks compiled for the shape
+        of tokens [b, p]. Compares both ways at `sites` first; results then differ by the rounding of the dtype.
+
+        Returns:
+            None, or the reason why everything stays as it was.
         """
         ...

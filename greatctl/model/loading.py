@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +35,12 @@ __all__ = [
     "load",
     "locate",
     "revision_of",
+    "weight_bytes",
 ]
 
 ENGINES = ("auto", "lean", "transformer-lens")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LEAN_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+LEAN_FAMILIES = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
 SMALL = 1024  # below this width float32 costs nothing and bf16 costs accuracy
 _LIGHT = (
     "config.json",
@@ -152,7 +153,7 @@ def choose_engine(engine: str, family: str, sites: Sequence[str] = ()) -> str:
         site = Site.parse(name)
         if not site.is_plausible:
             raise unknown_site(name, [f"blocks.{site.layer}.{kind}" for kind in BLOCK_SITES])
-    foreign = [s for s in sites if not Site.parse(s).is_residual]
+    foreign = [s for s in sites if not Site.parse(s).is_lean]
     able = family in LEAN_FAMILIES and not foreign
     if engine == "lean" and not able:
         what = f"the hook point {foreign[0]}" if foreign else f"the {family!r} family"
@@ -170,6 +171,7 @@ def load(
     dtype: str = "auto",
     engine: str = "auto",
     upto: int | None = None,
+    device_map: str | Mapping[str, object] | None = None,
     offline: bool = False,
 ) -> FrozenModel:
     """Load a frozen model.
@@ -180,6 +182,8 @@ def load(
         dtype: `auto` is float32 below d_model 1024, else the checkpoint's own.
         engine: `auto` takes lean where it knows the family.
         upto: load only this many blocks (from the bottom) and no unembedding: enough to capture, not to run.
+        device_map: instead of `device`: where each part lies, as Hugging Face's `from_pretrained` takes it ("auto"
+            spreads the blocks over the GPUs and, if need be, main memory). Lean only.
         offline: use the cache alone.
 
     Raises:
@@ -194,18 +198,38 @@ def load(
     if upto is not None and not 1 <= upto <= info.n_layers:
         raise ManifestError(f"{upto} blocks are out of range", why=f"{info.name} has {info.n_layers}")
     chosen = choose_engine(engine, info.family)
+    if device_map is not None and chosen != "lean":
+        raise UsageError(
+            f"{info.name} cannot be spread over several devices",
+            why="the transformer-lens engine takes one device",
+            fix="give one device, or use a model that the lean engine knows",
+        )
     from .tokenizer import load_tokenizer, special_ids
 
     tokenizer = load_tokenizer(located.folder)
-    hf = _load_weights(source, located.folder, _dtype(dtype, info), upto if chosen == "lean" else None)
+    hf = _load_weights(
+        source, located.folder, _dtype(dtype, info), upto if chosen == "lean" else None, device_map=device_map
+    )
     special = special_ids(tokenizer)
     if chosen == "lean":
         from .lean import LeanModel
 
-        return LeanModel(hf.to(device), info, tokenizer, special)
+        return LeanModel(hf if device_map is not None else hf.to(device), info, tokenizer, special)
     from .bridge import BridgeModel
 
     return BridgeModel(hf.to(device), info, tokenizer, special)
+
+
+def weight_bytes(
+    source: str | Path, info: ModelInfo, *, dtype: str = "auto", upto: int | None = None, offline: bool = False
+) -> int:
+    """About how much memory the weights take once loaded as `load` would; a hub id is brought into the cache."""
+    located = locate(source, weights=True, offline=offline)
+    import torch
+
+    on_disk = sum(path.stat().st_size for path in located.folder.glob("*.safetensors"))
+    stored: torch.dtype = getattr(torch, info.dtype, torch.float32)
+    return on_disk * _dtype(dtype, info).itemsize * (upto or info.n_layers) // (stored.itemsize * info.n_layers)
 
 
 def _dtype(dtype: str, info: ModelInfo) -> torch.dtype:
@@ -222,7 +246,14 @@ def _dtype(dtype: str, info: ModelInfo) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def _load_weights(source: str | Path, folder: Path, dtype: torch.dtype, upto: int | None) -> Any:
+def _load_weights(
+    source: str | Path,
+    folder: Path,
+    dtype: torch.dtype,
+    upto: int | None,
+    *,
+    device_map: str | Mapping[str, object] | None = None,
+) -> Any:
     """The Hugging Face module, quiet; the bare decoder cut to `upto` blocks where that is given."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -239,6 +270,7 @@ def _load_weights(source: str | Path, folder: Path, dtype: torch.dtype, upto: in
                 str(folder),
                 config=config,
                 dtype=dtype,
+                device_map=device_map,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 local_files_only=True,

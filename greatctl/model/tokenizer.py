@@ -48,7 +48,8 @@ def load_tokenizer(source: str | Path, *, offline: bool = False) -> Any:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text` with exactly one BOS in front; special-token text in it stays text."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return [bos_id(tokenizer), *ids]
+    bos = bos_id(tokenizer)
+    return [bos, *(i for i in ids if i != bos)]  # should a tokenizer insist on reading text as BOS
 
 
 def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:

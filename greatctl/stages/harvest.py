@@ -4,15 +4,20 @@
 
 One pass of the frozen model, stopped after the deepest hook point, fills one artifact a hook point below
 data/activations/<model>/. A shard is a fixed number of consecutive windows cut into fixed batches, so its
-bytes do not depend on when, after which interruption or beside which other hook points it was made.
+bytes do not depend on when, after which interruption or beside which other hook points it was made. While one
+is computed, the one before is written.
+
+How fast it goes (device, `--compile`, a batch halved for want of memory) is no part of what it is: such runs agree
+within the rounding of the dtype, and on the CPU nothing is compiled unless asked for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,17 +25,18 @@ from pydantic import Field
 
 from ..errors import InputError, ManifestError, ResourceError, UsageError
 from ..store.artifact import Artifact, Identity, Work, current, newest, touch, work
-from ..store.files import free_bytes, write_bytes, write_json
+from ..store.files import free_bytes
+from .behind import Behind
 from .context import Context, Plan, Result, StageConfig
 from .models import chosen_model, open_model, slug
+from .sealing import seal
 from .workers import Share, adopt, worker_folder
 
 if TYPE_CHECKING:
-    import torch
-
     from ..corpus.windows import TokenStore
     from ..model.interface import FrozenModel
     from ..model.loading import ModelInfo
+    from ..model.reading import BatchSize, Shard
     from ..store.shards import ShardWriter
 
 __all__ = ["Config", "plan", "run"]
@@ -38,6 +44,8 @@ __all__ = ["Config", "plan", "run"]
 STAGE = "harvest"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ROW_BYTES = 12  # window, position and token of a row, int32 each
+_WORTH_COMPILING = 1_000_000  # tokens; the compiler takes some seconds first
+_NO_ROWS = ("hook_pattern", "hook_attn_scores")  # these have a matrix a head, not a vector a token
 
 
 class Config(StageConfig):
@@ -49,7 +57,10 @@ class Config(StageConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="stored precision; auto is float32 below d_model 1024, else bfloat16"
     )
-    batch_size: int = Field(16, ge=1, description="windows a forward pass")
+    batch_size: int | None = Field(None, ge=1, description="windows a forward pass (default: what fills the device)")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="fuse and compile the blocks; auto does so on CUDA, and compiles from a million tokens on"
+    )
     engine: Literal["auto", "lean", "transformer-lens"] = Field("auto", description="how the model is run")
     shard_windows: int = Field(256, ge=1, description="windows a shard")
     worker: str | None = Field(None, description="I/N: make only every Nth shard; the plain command then seals")
@@ -221,6 +232,12 @@ def _sites(config: Config, info: ModelInfo) -> list[str]:
     layer = info.n_layers // 2 if config.layer is None else config.layer
     names = list(dict.fromkeys(config.hook_point)) or [f"blocks.{layer}.hook_resid_post"]
     for name in names:
+        if name.endswith(_NO_ROWS):
+            raise UsageError(
+                f"{name} cannot be harvested",
+                why="it has a matrix a head, and harvest keeps a vector a token",
+                fix=f"use blocks.{layer}.attn.hook_z, or capture it in Python",
+            )
         at = layer if not config.hook_point else Site.parse(name).layer
         if not 0 <= at < info.n_layers:
             raise ManifestError(
@@ -256,7 +273,7 @@ def _fill(
     ctx: Context, config: Config, job: _Job, writers: Mapping[str, ShardWriter], numbers: Sequence[int]
 ) -> tuple[float, float]:
     """Make those of the shards `numbers` that are not there; returns tokens a second and seconds."""
-    from ..model.reading import read
+    from ..model.reading import begin
 
     started = time.monotonic()
     spans = _spans(config, job)
@@ -266,8 +283,11 @@ def _fill(
     _check_disk(job, folder, sum(rows[n] * len(sites) for n, sites in missing.items()))
     total = sum(rows.values())
     already = done = sum(rows[n] for n, sites in missing.items() if not sites)
-    if already < total:
-        frozen = _open(ctx, job, list(writers))
+    if already == total:
+        return 0.0, time.monotonic() - started
+    frozen = _open(ctx, job, list(writers))
+    batch = _pace(ctx, config, job, frozen, list(writers), total - already)
+    with Behind() as behind:
         for number, sites in missing.items():
             if not sites:
                 continue
@@ -276,23 +296,51 @@ def _fill(
                 ctx.run.progress("reading", before + tokens, total, "tokens", already=already)
                 ctx.run.stop_here()
 
-            shards = read(
+            finish = begin(
                 frozen,
                 job.store.input_ids,
                 job.store.length,
                 spans[number],
                 sites,
                 dtype=job.dtype,
-                batch_size=config.batch_size,
+                batch_size=batch,
                 shard=number,
                 said=said,
             )
-            for site in sites:
-                writers[site].write(number, shards[site], rows[number])
+            behind.put(partial(_write, writers, number, finish, rows[number]))
             done += rows[number]
             ctx.run.stop_here()
     seconds = time.monotonic() - started
     return round((total - already) / seconds, 1), seconds
+
+
+def _write(writers: Mapping[str, ShardWriter], number: int, finish: Callable[[], Shard], rows: int) -> None:
+    for site, tensors in finish().items():
+        writers[site].write(number, tensors, rows)
+
+
+def _pace(ctx: Context, config: Config, job: _Job, frozen: FrozenModel, sites: Sequence[str], tokens: int) -> BatchSize:
+    """How many windows a pass takes; and the blocks fused and compiled where that pays, after a comparison."""
+    import torch
+
+    from ..model.reading import BatchSize, auto_batch
+
+    windows = config.batch_size or auto_batch(frozen.device, job.store.window)
+    batch = BatchSize(windows, lambda words: ctx.run.notice(f"harvest: {words}"))
+    if config.compile == "off" or (config.compile == "auto" and frozen.device.type != "cuda"):
+        return batch
+    ways = [True, False] if config.compile == "on" or tokens >= _WORTH_COMPILING else [False]
+    while ways:
+        try:
+            reason = frozen.accelerate(job.store.input_ids[: batch.windows].long(), sites, compiled=ways[0])
+        except torch.OutOfMemoryError:
+            batch.halve()
+            continue
+        if reason is None:
+            break
+        what = "compiled" if ways.pop(0) else "fused"
+        ctx.run.notice(f"harvest: the blocks run without being {what}: {reason}")
+    return batch
 
 
 def _check_disk(job: _Job, folder: Path, rows: int) -> None:
@@ -322,53 +370,17 @@ def _open(ctx: Context, job: _Job, sites: Sequence[str]) -> FrozenModel:
 
 
 def _seal(job: _Job, site: str, w: Work, writer: ShardWriter, *, speed: float, seconds: float) -> Artifact:
-    """Write the running mean, norm and variance and meta.json, and seal."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save
-
     from ..model.interface import Site
-    from ..model.reading import SUMS
 
-    entries = writer.finish()
-    sums: list[torch.Tensor] = []
-    width = 0
-    for entry in entries:
-        with safe_open(w.path / entry.name, framework="pt") as shard:
-            values = [shard.get_tensor(key) for key in SUMS]
-            width = shard.get_slice("acts").get_shape()[1]
-        sums = [a + b for a, b in zip(sums, values, strict=True)] if sums else values
-    special = torch.tensor(job.store.tokenizer["special_ids"], dtype=torch.int32)
-    real = torch.arange(job.store.window)[None, :] < job.store.length[:, None]
-    n = max(1, int((real & ~torch.isin(job.store.input_ids, special)).sum()))
-    mean = sums[0] / n
-    variance = sums[2] / n - mean.square().sum().reshape(1)
-    write_bytes(w.path / "stats.safetensors", save({"mean": mean, "mean_norm": sums[1] / n, "variance": variance}))
-    rows = sum(entry.rows for entry in entries)
-    meta = {
+    facts = {
         "model": job.info.name,
         "model_revision": job.info.revision,
-        "hook_point": site,
         "layer": Site.parse(site).layer,
         "n_layers": job.info.n_layers,
-        "d_model": width,
-        "dtype": job.dtype,
-        "rows": rows,
-        "special_ids": job.store.tokenizer["special_ids"],
-        "window": job.store.window,
         "tokens": job.tokens.fingerprint,
         "tokens_name": job.tokens.path.name,
     }
-    write_json(w.path / "meta.json", meta)
-    summary = {
-        "n_tokens": rows,
-        "d_model": width,
-        "hook_point": site,
-        "dtype": job.dtype,
-        "shards": len(entries),
-        "tokens_per_second": speed,
-    }
-    return w.seal(summary, hashes=writer.hashes(), seconds=round(seconds, 3), tokens_per_second=speed)
+    return seal(w, writer, job.store, facts, hook_point=site, dtype=job.dtype, speed=speed, seconds=seconds)
 
 
 def _result(job: _Job, ready: Mapping[str, Artifact], *, up_to_date: bool = False) -> Result:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["BUNDLED", "chosen_model", "open_model", "open_recorded", "pick_device", "resolve", "slug"]
 
 BUNDLED = "bundled"
+_SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for what is computed
 
 
 def resolve(name: str, *, base: Path | None = None) -> tuple[str | Path, str]:
@@ -61,13 +62,46 @@ def open_model(
 ) -> FrozenModel:
     """Load the model called `name` (as `resolve` or a meta.json spells it) on the context's device.
 
+    `cuda` without a number means all GPUs: a model that one of them cannot hold is spread over all (lean engine).
+
     Raises: as `greatctl.model.load` and `pick_device`.
     """
     source, display = resolve(name)
     device = pick_device(ctx.device)
     from .. import model
 
-    return model.load(source, name=display, device=device, dtype=dtype, engine=engine, upto=upto, offline=ctx.offline)
+    spread = None
+    if device == "cuda":
+        info = model.describe(source, name=display, offline=ctx.offline)
+        if model.choose_engine(engine, info.family) == "lean":
+            size = model.weight_bytes(source, info, dtype=dtype, upto=upto, offline=ctx.offline)
+            spread = _spread(ctx, display, size)
+    return model.load(
+        source,
+        name=display,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        upto=upto,
+        device_map=spread,
+        offline=ctx.offline,
+    )
+
+
+def _spread(ctx: Context, name: str, size: int) -> str | None:
+    """`auto` where weights of `size` bytes do not fit on the first GPU, said aloud; else None."""
+    import torch
+
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+    if size <= _SHARE * free[0]:
+        return None
+    where = f"{len(free)} GPUs" if len(free) > 1 else "the GPU"
+    beyond = "" if size <= _SHARE * sum(free) else " and main memory, which is slow"
+    ctx.run.notice(
+        f"{ctx.run.stage}: {name} takes {size / 2**30:.1f} GiB and the first GPU has {free[0] / 2**30:.1f} GiB free, "
+        f"so its blocks are spread over {where}{beyond}"
+    )
+    return "auto"
 
 
 def open_recorded(

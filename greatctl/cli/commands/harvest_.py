@@ -12,6 +12,7 @@ from ..options import stage_command
 EXAMPLES = (
     "greatctl harvest",
     "greatctl harvest --layer 16 --dtype bfloat16",
+    "greatctl harvest --device cuda --compile on",
     "greatctl harvest --hook-point blocks.15.hook_resid_post --hook-point blocks.20.hook_resid_post",
 )
 
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
         layer: Annotated[int | None, Option(help="Short for blocks.N.hook_resid_post.")] = None,
         dtype: Annotated[str | None, Option(help="float32, bfloat16, float16 or auto.")] = None,
         batch_size: Annotated[int | None, Option(help="Windows a forward pass.")] = None,
+        compile: Annotated[str | None, Option(help="Fuse and compile the blocks: auto (CUDA), on or off.")] = None,
         shard_windows: Annotated[int | None, Option(help="Windows a shard (default 256).")] = None,
         worker: Annotated[
             str | None, Option(metavar="I/N", help="Make every Nth shard only; then harvest seals.")
