@@ -28,8 +28,11 @@ __all__ = [
     "auroc",
     "benjamini_hochberg",
     "bootstrap_interval",
+    "detection_power",
+    "draws_for",
     "icc",
     "label_permutation",
+    "out_of_reach",
     "sign_flip_max_t",
     "smallest_detectable_effect",
 ]
@@ -38,6 +41,7 @@ Floats = NDArray[np.float64]
 EXACT_PAIRS = 12  # 2^11 different flips: enumerated
 LARGEST_EFFECT = 99.0  # what a difference without any spread inside the groups is reported as
 _CHUNK = 1 << 22  # numbers held at once by the resampling loops
+_CACHED = 1 << 17  # the same where each number is read three times: what stays in a processor's cache
 _TIE = 1e-10  # relative; two rearrangements of the same numbers may differ by rounding
 
 
@@ -60,12 +64,19 @@ class SignFlipTest:
         p: two-sided p-value of each column alone [n_cells].
         p_max_t: family-wise p-value [n_cells].
         floor: the smallest p that this many pairs and draws can give.
+        n_units: what was flipped: pairs, or clusters of pairs.
     """
 
     t: Floats
     p: Floats
     p_max_t: Floats
     floor: float
+    n_units: int
+
+    @property
+    def q(self) -> Floats:
+        """False-discovery q-values [n_cells] over all columns; for lists (latents), where many may be real."""
+        return benjamini_hochberg(self.p)
 
 
 @dataclass(frozen=True)
@@ -110,8 +121,7 @@ def bootstrap_interval(
         over: denominators [n]; then the statistic is sum(values) / sum(over), not a mean of ratios.
 
     Returns:
-        An `Interval` of [n_columns] (of [1] for one-dimensional values). Fewer than two clusters give NaN
-        limits.
+        An `Interval` of [n_columns] ([1] for one-dimensional values); NaN limits for fewer than two clusters.
     """
     x = _columns(values)
     below = np.ones(len(x)) if over is None else np.asarray(over, dtype=np.float64)
@@ -121,8 +131,7 @@ def bootstrap_interval(
     if n_groups < 2:
         unknown = np.full(x.shape[1], np.nan)
         return Interval(mean, unknown, unknown.copy())
-    top = np.zeros((n_groups, x.shape[1]))
-    np.add.at(top, group, x)
+    top = _sums(x, group)
     bottom = np.bincount(group, weights=below, minlength=n_groups)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=draws).astype(np.float64)
@@ -130,26 +139,32 @@ def bootstrap_interval(
     limits = [(1 - level) / 2, (1 + level) / 2]
     width = max(1, _CHUNK // draws)
     parts = [
-        np.nanquantile(_ratio(counts @ top[:, a : a + width], bottoms[:, None]), limits, axis=0)
-        for a in range(0, x.shape[1], width)
+        _quantiles(_ratio(top[:, a : a + width].T @ counts.T, bottoms), limits) for a in range(0, x.shape[1], width)
     ]
     low, high = np.concatenate(parts, axis=1)
     return Interval(mean, low, high)
 
 
-def sign_flip_max_t(effects: ArrayLike, draws: int = 5000, seed: int = 0) -> SignFlipTest:
+def sign_flip_max_t(
+    effects: ArrayLike,
+    draws: int = 5000,
+    seed: int = 0,
+    clusters: Sequence[object] | NDArray | None = None,
+) -> SignFlipTest:
     """Is the mean effect of a column 0? Sign flips of whole pairs, with max-T control over all columns.
 
     Under the null hypothesis a pair's effects are symmetric around 0 jointly in all cells, so one sign a
-    pair is flipped in all columns at once. Up to 12 pairs all flips are enumerated; the floor is then 2 /
-    2^n.
+    pair is flipped in all columns at once. Pairs of one cluster are flipped together, and their sum is one
+    unit. Up to 12 units all flips are enumerated; the floor is then 2 / 2^n.
 
     Args:
         effects: [n_pairs, n_cells] (or [n_pairs]) float, finite.
-        draws: random flips where they are not enumerated.
+        draws: random flips where they are not enumerated (`draws_for` a list of looks).
         seed: seed of the random flips.
+        clusters: label of each pair's cluster [n_pairs]; default every pair by itself.
     """
     x = _columns(effects)
+    x = x if clusters is None else _sums(x, np.unique(np.asarray(clusters), return_inverse=True)[1])
     n = len(x)
     rms = np.sqrt((x**2).sum(axis=0) * n)
     unit = _ratio(x, rms)  # |column sum| is then |mean| / rms: monotone in |t|, and finite when t is not
@@ -165,7 +180,7 @@ def sign_flip_max_t(effects: ArrayLike, draws: int = 5000, seed: int = 0) -> Sig
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.sign(unit.sum(axis=0)) * observed * np.sqrt(max(n - 1, 0)) / np.sqrt(np.maximum(1 - observed**2, 0))
     t = np.where(observed == 0, 0.0, t)
-    return SignFlipTest(t, (alone + extra) / total, (family + extra) / total, 1 / total)
+    return SignFlipTest(t, (alone + extra) / total, (family + extra) / total, 1 / total, n)
 
 
 def label_permutation(
@@ -259,9 +274,7 @@ def icc(values: ArrayLike, clusters: Sequence[object] | NDArray) -> Floats:
     n, m = len(x), len(sizes)
     if m < 2 or n == m:
         return np.full(x.shape[1], np.nan)
-    means = np.zeros((m, x.shape[1]))
-    np.add.at(means, group, x)
-    means /= sizes[:, None]
+    means = _sums(x, group) / sizes[:, None]
     between = (sizes[:, None] * (means - x.mean(axis=0)) ** 2).sum(axis=0) / (m - 1)
     within = ((x - means[group]) ** 2).sum(axis=0) / (n - m)
     size = (n - (sizes**2).sum() / n) / (m - 1)
@@ -289,9 +302,53 @@ def smallest_detectable_effect(n1: int, n2: int | None = None, alpha: float = 0.
     return float((scipy_stats.t.isf(alpha / 2, freedom) + scipy_stats.t.ppf(power, freedom)) * error)
 
 
+def detection_power(effect: float, n: int, alpha: float = 0.05) -> float:
+    """Chance that a two-sided one-sample t test of `n` pairs finds a mean of `effect` standard deviations.
+
+    Args:
+        effect: mean over standard deviation of the paired differences.
+        n: pairs, or clusters of pairs; fewer than two find nothing.
+        alpha: level; divide it by the number of looks where looks are corrected for.
+    """
+    if n < 2:
+        return 0.0
+    bar, shift = scipy_stats.t.isf(alpha / 2, n - 1), abs(effect) * np.sqrt(n)
+    return float(sum(np.nan_to_num(scipy_stats.nct.sf(bar, n - 1, way)) for way in (shift, -shift)))
+
+
+def draws_for(looks: int, level: float = 0.05, least: int = 5000) -> int:
+    """Random flips after which one true effect among `looks` can still pass level / looks."""
+    return max(least, int(np.ceil(looks / level)))
+
+
+def out_of_reach(floor: float, level: float = 0.05, looks: int = 1) -> str:
+    """Why nothing can be significant, in words for people, or "" where something can.
+
+    Args:
+        floor: the smallest p-value that could have come out.
+        level: the level that is asked for.
+        looks: comparisons that each p-value is corrected for; 1 for max-T, which has them in its p-values, and
+            the length of the list for false-discovery control with a single true effect.
+    """
+    if floor <= level / looks:
+        return ""
+    looked = f" over {looks} looks" if looks > 1 else ""
+    return (
+        f"no p-value can be below {floor:.2g} with so few pairs or draws, so nothing can be significant at "
+        f"{level:g}{looked}: this sweep can describe, not decide"
+    )
+
+
 def _columns(values: ArrayLike) -> Floats:
     x = np.asarray(values, dtype=np.float64)
     return x[:, None] if x.ndim == 1 else x
+
+
+def _sums(x: Floats, group: NDArray) -> Floats:
+    """Sums [n_groups, n_columns] of the rows of each group."""
+    total = np.zeros((int(group.max()) + 1 if len(group) else 0, x.shape[1]))
+    np.add.at(total, group, x)
+    return total
 
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
@@ -301,14 +358,22 @@ def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
     return np.divide(top, bottom, out=filler, where=bottom != 0)
 
 
+def _quantiles(values: Floats, limits: Sequence[float]) -> Floats:
+    """Quantiles [len(limits), n] over the last axis of [n, draws], NaN left out; rows lie together in memory."""
+    if np.isnan(values).any():
+        return np.nanquantile(values, limits, axis=1)
+    return np.quantile(values, limits, axis=1, overwrite_input=True)
+
+
 def _exceedances(arrangements: Floats, unit: Floats, observed: Floats) -> tuple[Floats, Floats]:
     """How many arrangements reach each column's statistic: by the same column, and by the largest column."""
     alone, largest = np.zeros(unit.shape[1]), np.zeros(len(arrangements))
     bar = observed * (1 - _TIE)
-    rows = max(1, _CHUNK // max(1, unit.shape[1]))
+    rows = max(1, _CACHED // max(1, unit.shape[1]))
     for a in range(0, len(arrangements), rows):
-        found = np.abs(arrangements[a : a + rows] @ unit)
-        alone += (found >= bar).sum(axis=0)
+        found = arrangements[a : a + rows] @ unit
+        np.abs(found, out=found)
+        alone += np.add.reduce(found >= bar, axis=0, dtype=np.int32)
         largest[a : a + rows] = found.max(axis=1, initial=0.0)
     largest.sort()
     return alone, len(largest) - np.searchsorted(largest, bar, side="left").astype(np.float64)

@@ -8,6 +8,8 @@ asks nothing about a wrong answer, and unlike `prob` it does not care how sure t
 What to notice:
 * A metric is a class with three facts and `__call__`. One number comes out per example: never a mean. The
   host normalises against the clean and the corrupted run, bootstraps and reports.
+* A pair may have several right answers: `answers.right` holds them all, padded with -1. `answers.answer` is
+  the first of them.
 * `differentiable = False`: counting has no gradient, so methods that need one cannot use this metric.
 * torch is imported for type checkers only. This file is run for every command, and tensors bring their
   methods along.
@@ -37,8 +39,9 @@ class ReciprocalRank:
 
     def __call__(self, logits: torch.Tensor, answers: Answers) -> torch.Tensor:
         """[n] of logits [n, d_vocab]."""
-        own = logits.gather(-1, answers.answer[:, None])
-        return 1.0 / (1 + (logits > own).sum(-1))
+        each = logits.gather(-1, answers.right.clamp_min(0))
+        best = each.masked_fill(answers.right < 0, float("-inf")).amax(-1, keepdim=True)
+        return 1.0 / (1 + (logits > best).sum(-1))
 
 
 @hookimpl

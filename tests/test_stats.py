@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from greatctl import stats
+from greatctl.patching.tables import cell_table, effect_table
 
 
 def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
@@ -150,3 +152,96 @@ def test_smallest_detectable_effect_matches_simulated_power():
     assert power == pytest.approx(0.8, abs=0.04)
     assert stats.smallest_detectable_effect(1) == float("inf")
     assert stats.smallest_detectable_effect(24) < stats.smallest_detectable_effect(10)
+
+
+# --- whole sweeps
+
+LAYERS, PLACES, PAIRS = 3, 6, 32
+
+
+def sweep(seed: int, *, swapped: bool, planted: float = 0.0) -> float:
+    """The family-wise p-value of cell (1, 4) of a simulated sweep, or the smallest where pairs are swapped.
+
+    Each pair's cells share a part, as cells of one prompt do, and layer 2 carries a large true effect unless
+    clean and corrupted are swapped at random, pair by pair; then nothing is true.
+    """
+    rng = np.random.default_rng(seed)
+    effect = 0.7 * rng.normal(size=(PAIRS, 1, 1)) + 0.7 * rng.normal(size=(PAIRS, LAYERS, PLACES))
+    effect[:, 2] += 3.0 if swapped else 0.0
+    effect[:, 1, 4] = rng.normal(planted, 1.0, PAIRS)
+    clean, corrupted = rng.normal(4, 1, PAIRS), rng.normal(-4, 1, PAIRS)
+    swap = rng.random(PAIRS) < (0.5 if swapped else 0.0)
+    patched = np.where(swap[:, None, None], clean[:, None, None] - effect, corrupted[:, None, None] + effect)
+    clean, corrupted = np.where(swap, corrupted, clean), np.where(swap, clean, corrupted)
+    ids, tokens = [f"p{i}" for i in range(PAIRS)], [["a"] * PLACES] * PAIRS
+    parts = [
+        effect_table(
+            ids, tokens, "resid_pre", layer, "denoising", {"logit-diff": (clean, corrupted, patched[:, layer])}
+        )
+        for layer in range(LAYERS)
+    ]
+    p = cell_table(pa.concat_tables(parts), draws=50, seed=seed)["p_max_t"].to_numpy()
+    return float(p.min() if swapped else p[PLACES + 4])
+
+
+def test_swapping_clean_and_corrupted_at_random_rejects_no_more_sweeps_than_it_says():
+    rejected = sum(sweep(seed, swapped=True) <= 0.05 for seed in range(200))
+    assert rejected <= 16  # 10 expected; 17 or more has probability .03
+
+
+def test_an_effect_of_one_standard_deviation_over_32_pairs_is_found():
+    assert sum(sweep(seed, swapped=False, planted=1.0) <= 0.05 for seed in range(50)) >= 40
+
+
+def test_false_discovery_control_over_latents_keeps_its_rate_and_finds_the_planted_ones():
+    false, found = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        effects = rng.normal(size=(24, 200))
+        effects[:, :20] += 1.2
+        q = stats.sign_flip_max_t(effects, draws=stats.draws_for(200), seed=seed).q
+        hits = q <= 0.1
+        false.append(hits[20:].sum() / max(hits.sum(), 1))
+        found.append(hits[:20].mean())
+    assert np.mean(false) < 0.13 and np.mean(found) > 0.9
+
+
+def test_flipping_clusters_together_is_honest_where_flipping_pairs_is_not():
+    """Eight templates of four alike pairs: each template has an effect of its own, and their mean is 0."""
+    clusters = np.repeat(np.arange(8), 4)
+    alone, together = 0, 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        effects = rng.normal(size=8)[clusters, None] + 0.1 * rng.normal(size=(32, 10))
+        alone += stats.sign_flip_max_t(effects, draws=300, seed=seed).p_max_t.min() <= 0.05
+        found = stats.sign_flip_max_t(effects, draws=300, seed=seed, clusters=clusters)
+        together += found.p_max_t.min() <= 0.05
+        assert found.n_units == 8 and found.floor == 2 / 2**8
+    assert together <= 11 < 30 < alone
+
+
+def test_power_is_that_of_simulated_t_tests_and_agrees_with_the_smallest_detectable_effect():
+    from scipy.stats import ttest_1samp
+
+    rng = np.random.default_rng(6)
+    for n, effect, alpha in ((12, 0.9, 0.05), (32, 1.0, 0.05 / 768)):
+        simulated = (ttest_1samp(rng.normal(effect, 1, (n, 4000)), 0).pvalue < alpha).mean()
+        assert stats.detection_power(effect, n, alpha) == pytest.approx(simulated, abs=0.03)
+    least = stats.smallest_detectable_effect(24, alpha=0.01)
+    assert stats.detection_power(least, 24, 0.01) == pytest.approx(0.8, abs=0.02)
+    assert stats.detection_power(5.0, 1) == 0.0
+    assert stats.detection_power(0.0, 20, 0.05) == pytest.approx(0.05)
+
+
+def test_a_floor_above_the_level_is_said_in_words():
+    few = stats.sign_flip_max_t(np.ones((4, 3)))
+    assert few.p_max_t.min() == few.floor == 0.125
+    assert "no p-value can be below 0.12" in stats.out_of_reach(few.floor)
+    assert stats.out_of_reach(2 / 2**6) == ""
+    assert "768 looks" in stats.out_of_reach(1 / 5001, looks=768)
+    assert stats.out_of_reach(1 / (stats.draws_for(768) + 1), looks=768) == ""
+
+
+def test_missing_denominators_leave_an_interval_of_what_is_known():
+    found = stats.bootstrap_interval([1.0, 2.0, 3.0], over=[0.0, 0.0, 1.0])
+    assert found.mean[0] == 6.0 and np.isfinite(found.low[0]) and found.low[0] <= found.high[0]

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
     from ..manifest import Entry
 
-__all__ = ["KINDS", "Answers", "Document", "PatchMetric", "Removed", "Resource", "Source", "SparseCoder"]
+__all__ = [
+    "KINDS",
+    "Answers",
+    "Document",
+    "PatchMetric",
+    "Removed",
+    "Resource",
+    "SequenceScores",
+    "Source",
+    "SparseCoder",
+]
 
 KINDS = ("sources", "architectures", "metrics")
 
@@ -111,6 +121,24 @@ class SparseCoder(Protocol):
 
 
 @dataclass(frozen=True)
+class SequenceScores:
+    """What answers of several tokens scored, summed over their tokens by the host; each is [n].
+
+    The prompt is followed by the answer's own tokens (teacher forcing), and each token is scored where it is
+    predicted. Of several alternatives the log-sum-exp is kept.
+
+    Attributes:
+        right_logit, wrong_logit: sums of logits.
+        right_log_prob, wrong_log_prob: sums of log-probabilities, so exp() is the probability of the text.
+    """
+
+    right_logit: torch.Tensor
+    wrong_logit: torch.Tensor
+    right_log_prob: torch.Tensor
+    wrong_log_prob: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Answers:
     """What a metric may look at besides the patched logits; one row an example.
 
@@ -119,12 +147,30 @@ class Answers:
         wrong_answer: token ids [n], long.
         clean_logits: logits [n, d_vocab] of the clean run at the answer position.
         corrupted_logits: logits [n, d_vocab] of the corrupted run at the answer position.
+        right: token ids [n, s] of all right answers, long, padded with -1; `answer` alone unless given.
+        wrong: token ids [n, s'] of all wrong answers, likewise.
+        sequence: the scores of the patched run where answers have several tokens (`right` and `wrong` then hold
+            their first tokens), else None.
     """
 
     answer: torch.Tensor
     wrong_answer: torch.Tensor
     clean_logits: torch.Tensor
     corrupted_logits: torch.Tensor
+    right: torch.Tensor = None  # type: ignore[assignment]  # filled in below
+    wrong: torch.Tensor = None  # type: ignore[assignment]
+    sequence: SequenceScores | None = None
+
+    def __post_init__(self) -> None:
+        for name, token in (("right", self.answer), ("wrong", self.wrong_answer)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, token[:, None])
+
+    def rows(self, index: torch.Tensor | slice) -> Answers:
+        """The same for some of the examples, repeated or reordered as `index` says."""
+        scores = self.sequence and SequenceScores(**{name: value[index] for name, value in vars(self.sequence).items()})
+        plain = {name: value[index] for name, value in vars(self).items() if name != "sequence"}
+        return Answers(**plain, sequence=scores)
 
 
 @runtime_checkable

@@ -1,6 +1,5 @@
 """Causes: prompt pairs, metrics, and the sweep that patches one run's activations into another's."""
 
-__all__ = ["DIRECTIONS", "SITES"]
+from .sites import CORRUPTIONS, DIRECTIONS, POSITIONS, SITES, STREAM_SITES
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-DIRECTIONS = ("denoising", "noising")
+__all__ = ["CORRUPTIONS", "DIRECTIONS", "POSITIONS", "SITES", "STREAM_SITES"]

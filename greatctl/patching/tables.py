@@ -1,26 +1,31 @@
 """From patched values to tables: one row a cell and pair, then means over pairs with their uncertainty.
 
 Prompts of different lengths are aligned at their end, where the answer is read. A cell's mean is taken over
-the pairs that have the cell; the max-T family is made of the cells that every pair has. `effect` is patched
+the pairs that have the cell; a family of tests is made of the cells that every pair has. `effect` is patched
 minus unpatched, so that 0 is "nothing happened" in both directions; `normalised_effect` is (patched -
 corrupted) / (clean - corrupted), so that 0 is the corrupted and 1 the clean run in both directions. Per
 pair it is kept as it is; its mean over pairs is the ratio of the means, since one pair with a tiny gap
 would otherwise outweigh all the others.
+
+Cells of the stream and of heads are corrected by max-T, which holds the chance of a single false finding.
+Neurons and latents are searched by the thousand and followed up later: there the share of false findings is
+held (Benjamini and Hochberg), over those that were patched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from .. import stats
 from .pairs import EncodedPair, Pair, Refusal
+from .sites import Label
 
-__all__ = ["EFFECTS", "cell_table", "effect_table", "pair_table"]
+__all__ = ["EFFECTS", "KEY", "cell_table", "effect_rows", "effect_table", "pair_table"]
 
 EFFECTS = pa.schema(
     [
@@ -38,10 +43,26 @@ EFFECTS = pa.schema(
         ("normalised_effect", pa.float64()),
         ("token", pa.string()),
         ("role", pa.string()),
+        ("layers", pa.string()),
+        ("head", pa.int32()),
+        ("neuron", pa.int32()),
+        ("latent", pa.int32()),
+        ("part", pa.string()),
+        ("span", pa.string()),
     ]
 )
-_NEARLY = 1 - 1e-6  # cells this close to the largest count as equal, so that rounding does not choose the peak
+KEY = (
+    "layers",
+    "layer",
+    "head",
+    "neuron",
+    "part",
+    "latent",
+    "span",
+    "position_from_end",
+)  # a cell, in the table's order
 Floats = NDArray[np.float64]
+_SAME = 1e-6  # rounding of a metric that is exactly the same for all pairs
 
 
 def effect_table(
@@ -52,7 +73,7 @@ def effect_table(
     direction: str,
     values: Mapping[str, tuple[Floats, Floats, Floats]],
 ) -> pa.Table:
-    """Rows of one layer in one direction for b pairs of p tokens (schema `EFFECTS`).
+    """Rows of one layer in one direction for b pairs of p tokens, a cell a position (schema `EFFECTS`).
 
     Args:
         pairs: ids [b].
@@ -62,50 +83,97 @@ def effect_table(
         direction: `denoising` or `noising`.
         values: metric -> (clean [b], corrupted [b], patched [b, p]).
     """
-    n, length = len(pairs), len(tokens[0])
-    place = np.tile(np.arange(length), n)
+    cubes = {name: (clean, corrupted, patched[:, None]) for name, (clean, corrupted, patched) in values.items()}
+    places = [(at, None) for at in range(len(tokens[0]))]
+    return effect_rows(pairs, tokens, site, (layer,), direction, [Label()], places, cubes)
+
+
+def effect_rows(
+    pairs: Sequence[str],
+    tokens: Sequence[Sequence[str]],
+    site: str,
+    layers: Sequence[int],
+    direction: str,
+    labels: Sequence[Label],
+    places: Sequence[tuple[int | None, str | None]],
+    values: Mapping[str, tuple[Floats, Floats, Floats]],
+    roles: Sequence[Mapping[int, str]] | None = None,
+) -> pa.Table:
+    """Rows of one layer, or of a window of layers, in one direction (schema `EFFECTS`).
+
+    Args:
+        pairs: ids [b].
+        tokens: strings of the clean prompt's tokens [b][p].
+        site: the patched site.
+        layers: the layers that are patched together.
+        direction: `denoising` or `noising`.
+        labels: what the u units are called.
+        places: (position, span) of the w places; one of the two is None.
+        values: metric -> (clean [b], corrupted [b], patched [b, u, w], NaN where a pair lacks the place).
+        roles: per pair, position -> name of the marked span that it belongs to.
+    """
+    b, u, w = len(pairs), len(labels), len(places)
+    length = len(tokens[0])
+    row, unit, place = (index.ravel() for index in np.indices((b, u, w)))
+    columns: dict[str, NDArray] = {
+        "pair": _objects(pairs)[row],
+        "site": _constant(site, row),
+        "layer": np.full(len(row), layers[0]),
+        "position": _objects([at for at, _ in places])[place],
+        "position_from_end": _objects([None if at is None else at - length for at, _ in places])[place],
+        "direction": _constant(direction, row),
+        "token": np.array([[None if at is None else some[at] for at, _ in places] for some in tokens], dtype=object)[
+            row, place
+        ],
+        "role": np.array(
+            [[None if at is None else own.get(at) for at, _ in places] for own in roles or [{}] * b], dtype=object
+        )[row, place],
+        "layers": _constant(f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else None, row),
+        "span": _objects([span for _, span in places])[place],
+        **{name: _objects([getattr(x, name) for x in labels])[unit] for name in Label._fields},
+    }
     parts = []
     for metric, (clean, corrupted, patched) in values.items():
-        base = corrupted if direction == "denoising" else clean
-        gap = (clean - corrupted)[:, None]
-        normalised = np.divide(patched - corrupted[:, None], gap, out=np.full(patched.shape, np.nan), where=gap != 0)
-        columns = {
-            "pair": np.repeat(np.array(pairs, dtype=object), length),
-            "site": [site] * (n * length),
-            "layer": np.full(n * length, layer),
-            "position": place,
-            "position_from_end": place - length,
-            "direction": [direction] * (n * length),
-            "metric": [metric] * (n * length),
-            "clean": clean.repeat(length),
-            "corrupted": corrupted.repeat(length),
-            "patched": patched.ravel(),
-            "effect": (patched - base[:, None]).ravel(),
-            "normalised_effect": normalised.ravel(),
-            "token": [token for row in tokens for token in row],
-            "role": [None] * (n * length),
+        flat = patched.ravel()
+        base = (corrupted if direction == "denoising" else clean)[row]
+        gap = (clean - corrupted)[row]
+        numbers = {
+            "metric": _constant(metric, row),
+            "clean": clean[row],
+            "corrupted": corrupted[row],
+            "patched": flat,
+            "effect": flat - base,
+            "normalised_effect": np.divide(flat - corrupted[row], gap, out=np.full(flat.shape, np.nan), where=gap != 0),
         }
-        parts.append(pa.table({f.name: pa.array(columns[f.name], f.type, from_pandas=True) for f in EFFECTS}))
+        there = ~np.isnan(flat)
+        both = {**columns, **numbers}
+        parts.append(pa.table({f.name: pa.array(both[f.name][there], f.type, from_pandas=True) for f in EFFECTS}))
     return pa.concat_tables(parts)
 
 
-def cell_table(effects: pa.Table, *, draws: int = 2000, seed: int = 0) -> pa.Table:
-    """Means over pairs, one row per metric, direction, layer and position from the end.
+def cell_table(
+    effects: pa.Table, *, draws: int = 2000, seed: int = 0, clusters: Mapping[str, object] | None = None
+) -> pa.Table:
+    """Means over pairs, one row per metric, direction and cell.
 
-    Columns: metric, direction, site, layer, position_from_end, position (null where lengths differ),
-    n_pairs, mean_effect with the 95 % bootstrap limits low and high, normalised_effect (ratio of means)
-    with normalised_low and normalised_high, p_max_t (sign flips of pairs, family-wise over layers and
-    positions of this metric and direction; null where a pair lacks the cell) and floor (the smallest p that
-    this many pairs can give).
+    Columns: metric, direction, site, the cell (layer, `layers` of a window, head, neuron, latent, part, span,
+    position_from_end, and position, null where lengths differ), n_pairs, mean_effect with the 95 % bootstrap
+    limits low and high and the standard deviation sd over pairs, normalised_effect (ratio of means) with
+    normalised_low and normalised_high, p (sign flips of pairs, this cell alone), p_max_t (family-wise over the
+    cells of this metric and direction; null for neurons, latents, and where a pair lacks the cell), q_value
+    (false discoveries among the neurons or latents; else null), floor (the smallest p that this many pairs can
+    give) and looks (cells that are corrected for together). No p-value is given for a single pair, nor where
+    effects can only have one sign: KL, JS or accuracy under noising, where every unpatched run is at the metric's end.
 
     Args:
         effects: rows of schema `EFFECTS`, at least one pair.
         draws: bootstrap samples, and random sign flips beyond 12 pairs.
         seed: seed of both.
+        clusters: pair -> what it is resampled and flipped with; default every pair by itself.
     """
     metrics, directions = (effects[name].to_numpy(zero_copy_only=False) for name in ("metric", "direction"))
     parts = [
-        _cells(effects.filter(pa.array((metrics == m) & (directions == d))), m, d, draws, seed)
+        _cells(effects.filter(pa.array((metrics == m) & (directions == d))), m, d, draws, seed, clusters)
         for m in dict.fromkeys(metrics.tolist())
         for d in dict.fromkeys(directions.tolist())
     ]
@@ -141,58 +209,123 @@ def pair_table(
             "tokens": clean,
             "corrupted_tokens": corrupted,
         }
-        rows.append({**asdict(pair), **more})
+        rows.append({**pair.row(), **more})
     return pa.Table.from_pylist(rows)
 
 
-def _cells(rows: pa.Table, metric: str, direction: str, draws: int, seed: int) -> pa.Table:
+def _cells(
+    rows: pa.Table, metric: str, direction: str, draws: int, seed: int, clusters: Mapping[str, object] | None
+) -> pa.Table:
     ids, pair = np.unique(rows["pair"].to_numpy(zero_copy_only=False), return_inverse=True)
-    layer, back = rows["layer"].to_numpy(), rows["position_from_end"].to_numpy()
-    n, n_layers, n_places = len(ids), int(layer.max()) + 1, -int(back.min())
-    effect, restored = np.full((2, n, n_layers, n_places), np.nan)
+    codes, first, cell = np.unique(_codes(rows), return_index=True, return_inverse=True)
+    n, size = len(ids), len(codes)
+    effect, restored = np.full((2, n, size), np.nan)
     gap = np.empty(n)
     corrupted = rows["corrupted"].to_numpy()
-    effect[pair, layer, back + n_places] = rows["effect"].to_numpy()
-    restored[pair, layer, back + n_places] = rows["patched"].to_numpy() - corrupted
+    effect[pair, cell] = rows["effect"].to_numpy()
+    restored[pair, cell] = rows["patched"].to_numpy() - corrupted
     gap[pair] = rows["clean"].to_numpy() - corrupted
-    there = ~np.isnan(effect[:, 0])  # [n, n_places]
-    found = _intervals(effect, restored, gap, there, draws, seed)
-    p = np.full((n_layers, n_places), np.nan)
-    shared = there.all(axis=0)
-    test = stats.sign_flip_max_t(effect[:, :, shared].reshape(n, -1), draws=max(draws, 5000), seed=seed)
-    p[:, shared] = test.p_max_t.reshape(n_layers, -1)
-    size = n_layers * n_places
-    from_end = np.tile(np.arange(-n_places, 0), n_layers)
-    columns: dict[str, pa.Array] = {
+    there = ~np.isnan(effect)  # [n, cells]
+    labels = None if clusters is None else np.array([str(clusters[name]) for name in ids], dtype=object)
+    found = _intervals(effect, restored, gap, there, draws, seed, labels)
+    keys = rows.take(pa.array(first)).select([*KEY, "site", "position"])
+    tested = _tests(effect, there, keys, draws, seed, labels)
+    base = rows["corrupted" if direction == "denoising" else "clean"].to_numpy()
+    if len(set(ids if labels is None else labels)) < 2 or _one_sided(base, effect):
+        tested |= {name: np.full(size, np.nan) for name in ("p", "p_max_t", "q_value")}
+    lengths = set(pc.call_function("subtract", [rows["position"], rows["position_from_end"]]).to_pylist()) - {None}
+    columns: dict[str, object] = {
         "metric": pa.array([metric] * size),
         "direction": pa.array([direction] * size),
-        "site": pa.array([rows["site"][0].as_py()] * size),
-        "layer": pa.array(np.arange(n_layers).repeat(n_places), pa.int32()),
-        "position_from_end": pa.array(from_end, pa.int32()),
-        "position": pa.array(from_end + n_places if shared.all() else [None] * size, pa.int32()),
-        "n_pairs": pa.array(np.tile(there.sum(axis=0), n_layers), pa.int32()),
+        "site": keys["site"],
+        **{name: keys[name] for name in KEY},
+        "position": keys["position"] if len(lengths) <= 1 else pa.nulls(size, pa.int32()),
+        "n_pairs": pa.array(there.sum(axis=0), pa.int32()),
     }
-    for name, values in {**found, "p_max_t": p}.items():
-        columns[name] = pa.array(values.ravel(), pa.float64(), from_pandas=True)
-    columns["floor"] = pa.array(np.full(size, test.floor))
+    for name, values in {**found, **tested}.items():
+        columns[name] = pa.array(values, pa.int32() if name == "looks" else pa.float64(), from_pandas=True)
     return pa.table(columns)
 
 
-def _intervals(
-    effect: Floats, restored: Floats, gap: Floats, there: NDArray[np.bool_], draws: int, seed: int
+def _tests(
+    effect: Floats, there: NDArray[np.bool_], keys: pa.Table, draws: int, seed: int, clusters: NDArray | None
 ) -> dict[str, Floats]:
-    """Means and limits [n_layers, n_places]; places of the same pairs share their bootstrap samples."""
-    names = ("mean_effect", "low", "high", "normalised_effect", "normalised_low", "normalised_high")
-    found = {name: np.full(effect.shape[1:], np.nan) for name in names}
+    """p, p_max_t, q_value, floor and looks of each cell."""
+    size = effect.shape[1]
+    searched, part = (
+        np.any([keys[name].is_valid().to_numpy(zero_copy_only=False) for name in names], axis=0)
+        for names in (("neuron", "latent"), ("part",))
+    )
+    shared = there.all(axis=0)
+    false_discovery = bool(searched.any() or part.any())
+    looks = int((shared & searched).sum()) if false_discovery else int(shared.sum())
+    found = {name: np.full(size, np.nan) for name in ("p", "p_max_t", "q_value")}
+    enough = stats.draws_for(2 * looks if false_discovery else 1, least=max(draws, 5000))
+    test = stats.sign_flip_max_t(effect[:, shared], draws=enough, seed=seed, clusters=clusters)
+    found["p"][shared] = test.p
+    if false_discovery:
+        among = shared & searched
+        found["q_value"][among] = stats.benjamini_hochberg(found["p"][among])
+    else:
+        found["p_max_t"][shared] = test.p_max_t
+    return {**found, "floor": np.full(size, test.floor), "looks": np.full(size, looks)}
+
+
+def _one_sided(base: Floats, effect: Floats) -> bool:
+    """Whether effects can only have one sign, because every unpatched run is at the metric's end.
+
+    KL from the clean run is 0 there, and whatever is done to the clean run makes it larger; flipping signs would
+    then call every cell significant.
+    """
+    known = effect[~np.isnan(effect)]
+    return bool(np.ptp(base) <= _SAME and (known.min() >= -_SAME or known.max() <= _SAME))
+
+
+def _codes(rows: pa.Table) -> NDArray[np.int64]:
+    """One number a cell [n_rows], in the order of `KEY`; what is null comes first."""
+    code = np.zeros(len(rows), dtype=np.int64)
+    for name in KEY:
+        column = rows[name]
+        if pa.types.is_string(column.type):
+            words = column.to_pylist()
+            order = {word: at for at, word in enumerate(dict.fromkeys(w for w in words if w is not None))}
+            values = np.array([order.get(word, -1) for word in words], dtype=np.int64)
+        else:
+            numbers = column.to_numpy(zero_copy_only=False).astype(np.float64)
+            low = np.nanmin(numbers) if not np.isnan(numbers).all() else 0.0
+            values = np.where(np.isnan(numbers), -1, numbers - low).astype(np.int64)
+        code = code * (int(values.max(initial=0)) + 2) + values + 1
+    return code
+
+
+def _intervals(
+    effect: Floats,
+    restored: Floats,
+    gap: Floats,
+    there: NDArray[np.bool_],
+    draws: int,
+    seed: int,
+    clusters: NDArray | None,
+) -> dict[str, Floats]:
+    """Means and limits [cells]; cells of the same pairs share their bootstrap samples."""
+    names = ("mean_effect", "low", "high", "sd", "normalised_effect", "normalised_low", "normalised_high")
+    found = {name: np.full(effect.shape[1], np.nan) for name in names}
     for pattern in np.unique(there, axis=1).T:
-        places = (there == pattern[:, None]).all(axis=0)
-        shape = (effect.shape[1], int(places.sum()))
-        part = effect[pattern][:, :, places].reshape(pattern.sum(), -1)
-        mean = stats.bootstrap_interval(part, draws=draws, seed=seed)
-        part = restored[pattern][:, :, places].reshape(pattern.sum(), -1)
-        ratio = stats.bootstrap_interval(part, draws=draws, seed=seed, over=gap[pattern])
-        for name, values in zip(
-            names, (mean.mean, mean.low, mean.high, ratio.mean, ratio.low, ratio.high), strict=True
-        ):
-            found[name][:, places] = values.reshape(shape)
+        cells = (there == pattern[:, None]).all(axis=0)
+        labels = None if clusters is None else clusters[pattern]
+        part = effect[pattern][:, cells]
+        mean = stats.bootstrap_interval(part, labels, draws=draws, seed=seed)
+        ratio = stats.bootstrap_interval(restored[pattern][:, cells], labels, draws=draws, seed=seed, over=gap[pattern])
+        sd = part.std(axis=0, ddof=1) if len(part) > 1 else np.full(part.shape[1], np.nan)
+        values = (mean.mean, mean.low, mean.high, sd, ratio.mean, ratio.low, ratio.high)
+        for name, column in zip(names, values, strict=True):
+            found[name][cells] = column
     return found
+
+
+def _objects(items: Sequence[object]) -> NDArray:
+    return np.array(items, dtype=object)
+
+
+def _constant(value: str | None, like: NDArray) -> NDArray:
+    return np.full(len(like), value, dtype=object)

@@ -1,66 +1,91 @@
-"""The sweep's work in pieces that are finished or not: one group of pairs, one direction, one layer.
+"""The sweep's work in pieces that are finished or not: one batch of one group of pairs, direction and layer.
 
-A unit is a small table of its own, written whole, until all are there; so a killed sweep loses the one unit
-that it was computing. Groups depend on the pairs alone, never on what an earlier run had finished.
+A unit is a small table of its own, written whole, until all are there; so a killed sweep loses the one batch
+that it was computing. Groups depend on the pairs alone and batches on two numbers that are written down when
+the work begins, never on what an earlier run had finished or on the memory of the moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import IntegrityError
+from ..store.files import write_json
 from ..store.tables import read_columns, write_table
 from .pairs import EncodedPair
 
 __all__ = ["TOGETHER", "Units", "groups"]
 
 TOGETHER = 16  # pairs whose runs are held in memory at once
+_PLAN = "plan.json"
+Values = dict[str, NDArray[np.float64]]
 
 
 def groups(encoded: Sequence[EncodedPair]) -> list[list[EncodedPair]]:
-    """Pairs of one length, at most `TOGETHER` in a group: shorter prompts first, then in the order given."""
-    by_length: dict[int, list[EncodedPair]] = {}
+    """Pairs that fit into one rectangle, at most `TOGETHER` in a group: shorter prompts first, then in the order given.
+
+    Both lengths must agree, and the lengths of the answers where these have several tokens.
+    """
+    alike: dict[tuple, list[EncodedPair]] = {}
     for pair in encoded:
-        by_length.setdefault(pair.length, []).append(pair)
+        answers = tuple(tuple(map(len, some)) for some in (pair.answers, pair.wrong_answers))
+        several = () if max(map(max, answers)) == 1 else answers
+        alike.setdefault((len(pair.clean_ids), len(pair.corrupted_ids), several), []).append(pair)
     return [
         members[start : start + TOGETHER]
-        for _, members in sorted(by_length.items())
+        for _, members in sorted(alike.items())
         for start in range(0, len(members), TOGETHER)
     ]
 
 
 class Units:
-    """The finished units below `folder`, also of an interrupted run; an unreadable one is removed."""
+    """The finished batches below `folder`, also of an interrupted run; an unreadable one is removed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._finished: set[str] = set()
+        self._finished: dict[str, Values] = {}
         for path in sorted(folder.glob("*.parquet")):
             try:
-                read_columns(path, ["pair"])
-                self._finished.add(path.name)
+                self._finished[path.name] = {k: np.array(v) for k, v in read_columns(path).items()}
             except IntegrityError:
                 path.unlink()
 
     def __len__(self) -> int:
         return len(self._finished)
 
-    def __contains__(self, unit: tuple[int, str, int]) -> bool:
-        return _name(*unit) in self._finished
+    def __contains__(self, unit: Sequence[object]) -> bool:
+        return _name(unit) in self._finished
 
-    def write(self, unit: tuple[int, str, int], table: pa.Table) -> None:
-        """Put the table of (group, direction, layer) durably on disk."""
-        write_table(self._folder / _name(*unit), table)
-        self._finished.add(_name(*unit))
+    def fixed(self, **wanted: int) -> dict[str, int]:
+        """Numbers that the batches depend on: those that the work began with, else `wanted`, which are kept."""
+        path = self._folder / _PLAN
+        if path.is_file():
+            return json.loads(path.read_bytes())
+        for name in self._finished:  # batches without their plan cannot be placed
+            (self._folder / name).unlink()
+        self._finished.clear()
+        write_json(path, wanted)
+        return wanted
 
-    def merged(self) -> pa.Table:
-        """All units in the order of group, direction and layer."""
-        return pa.concat_tables([pq.read_table(self._folder / name) for name in sorted(self._finished)])
+    def tasks(self) -> int:
+        """How many patched runs the finished batches hold."""
+        return sum(len(next(iter(values.values()))) for values in self._finished.values())
+
+    def values(self, unit: Sequence[object]) -> Values:
+        """metric -> value of each task of a finished batch."""
+        return self._finished[_name(unit)]
+
+    def write(self, unit: Sequence[object], values: Mapping[str, NDArray[np.float64]]) -> None:
+        """Put the values of a batch (group, direction, layers, number) durably on disk."""
+        write_table(self._folder / _name(unit), {name: column.tolist() for name, column in values.items()})
+        self._finished[_name(unit)] = dict(values)
 
 
-def _name(group: int, direction: str, layer: int) -> str:
-    return f"{group:04d}-{direction}-{layer:03d}.parquet"
+def _name(unit: Sequence[object]) -> str:
+    """0003-denoising-005-012.parquet; a window of layers is 005x3, a walk of three steps 005+2."""
+    return "-".join(f"{part:04d}" if isinstance(part, int) else str(part) for part in unit) + ".parquet"

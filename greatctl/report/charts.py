@@ -87,7 +87,7 @@ def heat_map(
         "zmin": -1,
         "zmax": 1,
         "colorscale": _DIVERGING,
-        "colorbar": {"title": {"text": "effect"}, "thickness": 10},
+        "colorbar": {"title": {"text": "share"}, "thickness": 10},
         "xgap": 1,
         "ygap": 1,
     }
@@ -97,8 +97,9 @@ def heat_map(
             "tickvals": list(range(len(columns))),
             "ticktext": [_plain(c) for c in columns],
             "tickangle": -40,
+            "zeroline": False,
         },
-        "yaxis": {"title": {"text": "layer"}, "dtick": 1, "autorange": True},
+        "yaxis": {"title": {"text": "layer"}, "dtick": 1, "autorange": True, "zeroline": False},
         "height": 140 + 26 * len(layers),
         "margin": {"l": 56, "r": 16, "t": 12, "b": 80},
     }

@@ -1,20 +1,22 @@
 """Stage `patch`: where in the model does the difference between two prompts live?
 
     greatctl patch --pairs greatness --metric logit-diff --metric kl
+    greatctl patch --site z
+    greatctl patch --site latents --sae batchtopk-2048-k32
 
-Every layer and position of a residual site is patched between the clean and the corrupted prompt of each
-pair, in both directions, with one value per pair and metric. Writes results/patches/<name>: effects.parquet
-(a row a cell and pair), cells.parquet (means over pairs, intervals, family-wise p-values) and pairs.parquet
-(what was executed, what was refused and why). One finished layer of one group of pairs is on disk before
-the next begins; a killed run goes on from there.
+One site is patched between the clean and the corrupted prompt of each pair, at every layer, unit and place,
+in both directions, with one value per pair and metric. Writes results/patches/<name>: effects.parquet (a row
+a cell and pair), cells.parquet (means over pairs, intervals, corrected p-values) and pairs.parquet (what was
+executed, what was refused and why). Every finished batch is on disk before the next begins; a killed run
+goes on from there (`sweeps` does the work).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,22 +24,22 @@ from pydantic import Field
 
 from .. import patching
 from ..errors import GreatctlError, InputError, UsageError
-from ..patching.pairs import EncodedPair, Pair, Refusal, encode_pairs, read_pairs
+from ..patching.pair_files import Pair, read_pairs
+from ..patching.sites import default_positions
 from ..store.artifact import Artifact, Identity, current, newest, touch, work
 from ..store.files import canonical_json, sha256_bytes
 from .context import Context, Plan, Result, StageConfig
-from .models import chosen_model, open_model, slug
+from .models import chosen_model, slug
+from .saes import Sae, find_sae, plugins_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from torch import Tensor
 
-    from ..extend.contracts import PatchMetric
     from ..model.loading import ModelInfo
-    from ..patching.runs import Group
-    from ..patching.units import Units
+    from ..patching.pairs import Refusal
+    from .sweeps import Outcome
 
-__all__ = ["Config", "plan", "run"]
+__all__ = ["Config", "Job", "plan", "run"]
 
 STAGE = "patch"
 _BOOTSTRAP = 2000
@@ -51,78 +53,81 @@ class Config(StageConfig):
     metric: list[str] = Field(
         ["logit-diff"],
         min_length=1,
-        description="logit-diff, prob, prob-diff, kl, or a plugin's (repeatable)",
+        description="logit-diff, logit, prob, prob-diff, log-prob, kl, js, rank, accuracy, ce, or a plugin's (repeatable)",
     )
     pairs: str = Field("greatness", description="bundled pairs by name, or a pair file (.toml or JSON lines)")
     clean: str | None = Field(None, description="one pair instead of a file: the clean prompt")
     corrupted: str | None = Field(None, description="its counterpart, of as many tokens")
     answer: str | None = Field(None, description="the clean prompt's next token, leading space included")
     wrong_answer: str | None = Field(None, description="the corrupted prompt's next token")
-    site: Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"] = Field(
-        "resid_pre", description="activation that is patched, in every layer"
+    site: Literal[
+        "resid_pre",
+        "resid_mid",
+        "resid_post",
+        "attn_out",
+        "mlp_out",
+        "z",
+        "q",
+        "k",
+        "v",
+        "pattern",
+        "mlp_post",
+        "latents",
+    ] = Field(
+        "resid_pre",
+        description="what is patched: the stream, heads (z, q, k, v, pattern), neurons (mlp_post), or an SAE's latents",
+    )
+    sae: str | None = Field(None, description="for latents: name under results/saes, or a folder (the newest)")
+    latent: list[int] = Field([], description="for latents: patch these (repeatable) instead of the most promising")
+    top: int = Field(50, ge=1, description="how many neurons or latents to patch, the most promising first")
+    positions: Literal["each", "spans", "all"] | None = Field(
+        None, description="a cell for each position, each marked span, or all together (each; inside of blocks all)"
     )
     direction: Literal["both", "denoising", "noising"] = Field(
         "both", description="denoising: clean into corrupted; noising: corrupted into clean"
     )
+    corruption: Literal["counterpart", "zero", "mean", "resample"] = Field(
+        "counterpart", description="where noising takes its values from: the corrupted prompt, or an ablation"
+    )
+    layer_window: int | None = Field(
+        None, ge=2, description="also patch so many neighbouring layers together, besides the single ones"
+    )
     method: Literal["exact"] = Field("exact", description="exact: one forward pass a cell")
     model: str | None = Field(None, description="model to patch (default: that of the newest activations or tokens)")
-    batch_cells: int = Field(64, ge=1, description="cells a forward pass; bounds the memory")
+    batch_cells: int | None = Field(None, ge=1, description="cells a forward pass (default: what fits into memory)")
     min_gap: float = Field(
         0.01,
         ge=0,
         description="pairs whose clean and corrupted values of the first metric are closer are refused",
     )
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name (PAIRS-SITE)")
-    seed: int = Field(0, ge=0, description="seed of the bootstrap and of the sign flips")
+    seed: int = Field(0, ge=0, description="seed of the bootstrap, of the sign flips and of resampling")
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What `plan` found out and `run` needs."""
+class Job:
+    """What `plan` found out and `run` needs.
+
+    Attributes:
+        sae: for latents.
+    """
 
     source: str | Path
     info: ModelInfo
     pairs: Sequence[Pair]
     metrics: Sequence[str]
     directions: Sequence[str]
+    positions: str
     plan: Plan
-
-
-@dataclass
-class _Outcome:
-    """What the sweep leaves besides its units.
-
-    Attributes:
-        refused, executed: the pairs that were not, and that were swept.
-        ends: metric -> pair id -> (clean, corrupted) value.
-        words: pair id -> token strings of the (clean, corrupted) prompt.
-    """
-
-    refused: list[Refusal]
-    executed: list[EncodedPair] = field(default_factory=list)
-    ends: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    words: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
-
-    def table(self, group: Group, layer: int, direction: str, patched: Mapping[str, Tensor]) -> pa.Table:
-        """The rows of one unit."""
-        import numpy as np
-
-        from ..patching.tables import effect_table
-
-        ids = [pair.pair.id for pair in group.pairs]
-        values = {}
-        for name, cells in patched.items():
-            clean, corrupted = np.array([self.ends[name][id] for id in ids]).T
-            values[name] = (clean, corrupted, cells.numpy())
-        return effect_table(ids, [self.words[id][0] for id in ids], group.site, layer, direction, values)
+    sae: Sae | None = None
 
 
 def plan(ctx: Context, config: Config) -> Plan:
     """What would be patched.
 
     Raises:
-        UsageError: an unknown metric or an incomplete pair.
-        InputError: the pair file or the model is not there.
+        UsageError: an unknown metric, an incomplete pair, or settings that do not go together.
+        InputError: the pair file, the model or the SAE is not there, or the SAE is of another model.
         ManifestError: the pair file is malformed.
         AccessError: the model is gated or not cached.
     """
@@ -141,53 +146,139 @@ def run(ctx: Context, config: Config) -> Result:
         return Result(STAGE, artifact.path, artifact.summary, up_to_date=True, view=_view(artifact))
     ctx.run.notice(f"patch: {reason or 'forced'}")
     from ..patching.units import Units
+    from .sweeps import Sweeps
 
-    encoded, refused = _encode(ctx, job)
+    sweeps = Sweeps(ctx, config, job)
     started = time.monotonic()
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
-        outcome = _Outcome(refused)
-        units = Units(w.path / _UNITS)
-        _sweep(ctx, config, job, units, encoded, outcome)
-        if not outcome.executed:
-            raise _nothing_left(job, outcome.refused)
-        summary = _write(w.path, config, job, units.merged(), outcome)
+        sweeps.look_at_ends()
+        if not sweeps.outcome.executed:
+            raise nothing_left(job, sweeps.outcome.refused)
+        effects = sweeps.run(Units(w.path / _UNITS))
+        summary = _write(w.path, config, job, effects, sweeps.outcome)
         artifact = w.seal(summary, discard=(_UNITS,), seconds=round(time.monotonic() - started, 3))
     return Result(STAGE, artifact.path, artifact.summary, view=_view(artifact))
 
 
-def _prepare(ctx: Context, config: Config) -> _Job:
+def _prepare(ctx: Context, config: Config) -> Job:
     metrics = list(dict.fromkeys(config.metric))
     known = ctx.plugins.registry.names("metrics")
     for name in metrics:
         if name not in known:
             ctx.plugins.registry.get("metrics", name)  # raises, with the nearest names or the failed plugin
+    directions = _directions(config)
     label, pairs = _pairs(ctx, config)
+    sae = find_sae(ctx, config.sae) if config.site == "latents" else None
     from .. import model
 
-    source, name = chosen_model(ctx, config.model, fallback=_model_of_inputs(ctx))
+    fallback = sae.model if sae and sae.model else _model_of_inputs(ctx)
+    source, name = chosen_model(ctx, config.model, fallback=fallback)
     info = model.describe(source, name=name, offline=ctx.offline)
-    directions = patching.DIRECTIONS if config.direction == "both" else (config.direction,)
-    shape = config.model_dump(include={"site", "method", "batch_cells", "min_gap", "seed"})
+    _fits(config, info, sae)
+    positions = config.positions or default_positions(config.site)
+    chosen = {"site", "method", "batch_cells", "min_gap", "seed", "corruption", "layer_window"}
+    chosen |= {"latent", "top"} if config.site in ("latents", "mlp_post") else set()
     settings = {
-        **shape,
+        **config.model_dump(include=chosen),
         "metric": metrics,
         "direction": list(directions),
+        "positions": positions,
         "model": slug(name),
         "pairs": label,
-        "pairs_sha256": sha256_bytes(canonical_json([asdict(pair) for pair in pairs]).encode()),
+        "pairs_sha256": sha256_bytes(canonical_json([pair.row() for pair in pairs]).encode()),
     }
+    inputs = {}
     plugins = ctx.plugins.digests({"metrics": metrics})
-    identity = Identity(STAGE, settings, plugins=plugins, model_revision=info.revision)
-    final = ctx.project.patches / (config.name or f"{label}-{config.site}")
+    if sae:
+        settings["sae"], inputs["sae"] = sae.path.name, sae.key
+        plugins |= plugins_of(ctx, sae)
+    identity = Identity(STAGE, settings, inputs, plugins, model_revision=info.revision)
+    final = ctx.project.patches / (config.name or _default_name(label, config, positions, sae))
     facts = {
         "model": info.name,
         "pairs": len(pairs),
         "site": config.site,
+        "positions": positions,
         "layers": info.n_layers,
         "directions": list(directions),
         "metrics": metrics,
+        **({"sae": sae.path.name, "hook_point": sae.hook_point} if sae else {}),
     }
-    return _Job(source, info, pairs, metrics, directions, Plan(STAGE, final, identity, facts))
+    plan = Plan(STAGE, final, identity, facts)
+    return Job(source, info, pairs, metrics, directions, positions, plan, sae)
+
+
+def _default_name(label: str, config: Config, positions: str, sae: Sae | None) -> str:
+    """PAIRS-SITE, the SAE, and whatever of the rest is not the default, so that one run does not replace another."""
+    more = [slug(sae.path.name)] if sae else []
+    more += [positions] if positions != default_positions(config.site) else []
+    more += [config.corruption] if config.corruption != "counterpart" else []
+    more += [f"window{config.layer_window}"] if config.layer_window else []
+    return "-".join([label, config.site, *more])
+
+
+def _directions(config: Config) -> Sequence[str]:
+    """The directions to run.
+
+    Raises:
+        UsageError: settings that do not go together.
+    """
+    inside = config.site not in patching.STREAM_SITES
+    for wrong, what, why, fix in (
+        (
+            config.corruption != "counterpart" and config.direction == "denoising",
+            f"--corruption {config.corruption} cannot be denoised",
+            "an ablation replaces values of the clean run, so there is no corrupted run to restore",
+            "leave --direction out, or use --direction noising",
+        ),
+        (
+            config.layer_window is not None and inside,
+            f"--layer-window does not go with --site {config.site}",
+            "a head, neuron or latent of a number is another one in the next layer",
+            "use a site of the stream: " + ", ".join(patching.STREAM_SITES),
+        ),
+        (
+            bool(config.latent or config.sae) and config.site != "latents",
+            f"--sae and --latent do not go with --site {config.site}",
+            "they name what --site latents patches",
+            "use --site latents",
+        ),
+    ):
+        if wrong:
+            raise UsageError(what, why=why, fix=fix)
+    if config.corruption != "counterpart":
+        return ("noising",)
+    return patching.DIRECTIONS if config.direction == "both" else (config.direction,)
+
+
+def _fits(config: Config, info: ModelInfo, sae: Sae | None) -> None:
+    """Hold the SAE and the window against the model.
+
+    Raises:
+        InputError: the SAE is of another model, or is no autoencoder of one activation.
+        UsageError: there are fewer layers than the window asks for, or latents than were named.
+    """
+    if config.layer_window and config.layer_window > info.n_layers:
+        raise UsageError(f"--layer-window {config.layer_window} is too wide", why=f"{info.n_layers} layers")
+    if sae is None:
+        return
+    other = sae.revision != info.revision if sae.revision else sae.model and slug(sae.model) != slug(info.name)
+    if other or sae.d_in != info.d_model:
+        said = f"revision {sae.revision[:12]}" if sae.revision else f"width {sae.d_in}"
+        mine = f"revision {info.revision[:12]}" if sae.revision else f"width {info.d_model}"
+        raise InputError(
+            f"the SAE {sae.path.name} was not trained on {info.name}",
+            why=f"it is of {sae.model or 'a model it does not name'}, {said}; this is {mine}",
+            fix=f"use --model {sae.model}" if sae.model else "name another SAE with --sae",
+            code="another-model",
+        )
+    if sae.hook_point is None:
+        fix = "name an SAE whose cfg.json has metadata.hook_name"
+        raise InputError(f"the SAE {sae.path.name} does not say where it reads", why="no hook point", fix=fix)
+    for latent in config.latent:
+        if not 0 <= latent < sae.d_sae:
+            why = f"{sae.path.name} has {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}"
+            raise UsageError(f"there is no latent {latent}", why=why, fix="use --latent with one of its numbers")
 
 
 def _pairs(ctx: Context, config: Config) -> tuple[str, list[Pair]]:
@@ -221,89 +312,30 @@ def _model_of_inputs(ctx: Context) -> str | None:
     return None
 
 
-def _encode(ctx: Context, job: _Job) -> tuple[list[EncodedPair], list[Refusal]]:
-    from ..model.tokenizer import encode, load_tokenizer
-
-    tokenizer = load_tokenizer(job.source, offline=ctx.offline)
-    encoded, refused = encode_pairs(job.pairs, lambda text: encode(tokenizer, text), n_ctx=job.info.n_ctx)
-    for refusal in refused:
-        ctx.run.notice(f"patch: pair {refusal.pair.id!r} refused: {refusal.reason}")
-    if not encoded:
-        raise _nothing_left(job, refused)
-    return encoded, refused
-
-
-def _sweep(
-    ctx: Context, config: Config, job: _Job, units: Units, encoded: Sequence[EncodedPair], outcome: _Outcome
-) -> None:
-    """Sweep what `units` does not have yet, one group of pairs, direction and layer at a time."""
-    from ..patching.runs import prepare
-    from ..patching.sweep import sweep_layer
-    from ..patching.units import groups
-
-    frozen = open_model(ctx, job.info.name)
-    metrics: dict[str, PatchMetric] = {name: ctx.plugins.registry.get("metrics", name)() for name in job.metrics}
-    parts = groups(encoded)
-    steps = [(direction, layer) for direction in job.directions for layer in range(frozen.n_layers)]
-    already, done = len(units), 0
-    for number, members in enumerate(parts):
-        group = _with_gap(ctx, config, prepare(frozen, members, config.site), metrics, outcome)
-        for pair in group.pairs:
-            clean, corrupted = (
-                [frozen.tokenizer.decode([i]) for i in row] for row in (pair.clean_ids, pair.corrupted_ids)
-            )
-            outcome.words[pair.pair.id] = clean, corrupted
-        for direction, layer in steps:
-            if group.pairs and (number, direction, layer) not in units:
-                patched = sweep_layer(frozen, group, layer, direction, metrics, config.batch_cells)
-                units.write((number, direction, layer), outcome.table(group, layer, direction, patched))
-            done += 1
-            ctx.run.progress("patch", done, len(parts) * len(steps), "layers", already=already)
-            ctx.run.stop_here()
-
-
-def _with_gap(
-    ctx: Context, config: Config, group: Group, metrics: Mapping[str, PatchMetric], outcome: _Outcome
-) -> Group:
-    """The pairs whose two runs differ in the first metric; the others are refused with the number."""
-    from ..patching.metrics import measure
-
-    ends = {
-        name: [measure(name, metric, logits, group.answers).tolist() for logits in group.logits]
-        for name, metric in metrics.items()
-    }
-    first = next(iter(metrics))
-    rows = []
-    for row, pair in enumerate(group.pairs):
-        gap = ends[first][0][row] - ends[first][1][row]
-        if abs(gap) < config.min_gap or gap == 0:
-            reason = f"the runs differ by {gap:.3g} in {first}; --min-gap asks for {config.min_gap:g}"
-            ctx.run.notice(f"patch: pair {pair.pair.id!r} refused: {reason}")
-            outcome.refused.append(Refusal(pair.pair, reason))
-            continue
-        rows.append(row)
-        outcome.executed.append(pair)
-        for name, (clean, corrupted) in ends.items():
-            outcome.ends.setdefault(name, {})[pair.pair.id] = (clean[row], corrupted[row])
-    return group.select(rows)
-
-
-def _write(folder: Path, config: Config, job: _Job, effects: pa.Table, outcome: _Outcome) -> dict[str, object]:
+def _write(folder: Path, config: Config, job: Job, effects: pa.Table, outcome: Outcome) -> dict[str, object]:
     """Write the three tables; returns the summary."""
+    from ..patching.pairs import clusters_of
     from ..patching.summary import summary
     from ..patching.tables import cell_table, pair_table
     from ..store.tables import write_table
 
-    cells = cell_table(effects, draws=_BOOTSTRAP, seed=config.seed)
+    executed = [pair.pair for pair in outcome.executed]
+    labels = clusters_of(executed)
+    clusters = {pair.id: label for pair, label in zip(executed, labels, strict=True)}
+    cells = cell_table(effects, draws=_BOOTSTRAP, seed=config.seed, clusters=clusters)
     pairs = pair_table(job.pairs, outcome.executed, outcome.refused, outcome.words)
     for name, table in (("effects", effects), ("cells", cells), ("pairs", pairs)):
         write_table(folder / f"{name}.parquet", table)
     ends = {name: list(values.values()) for name, values in outcome.ends.items()}
-    return {**summary(cells, ends, n_refused=len(outcome.refused)), "model": job.info.name}
+    found = summary(cells, ends, n_refused=len(outcome.refused), n_units=len(set(labels)))
+    more: dict[str, object] = {"positions": job.positions, "corruption": config.corruption, "chosen": outcome.chosen}
+    if job.sae:
+        more |= {"sae": job.sae.path.name, "hook_point": job.sae.hook_point}
+    return {**found, "model": job.info.name, **{key: value for key, value in more.items() if value}}
 
 
 def _view(artifact: Artifact) -> dict[str, object]:
-    """Panels for the terminal's heat maps, and the refused pairs."""
+    """Panels for the terminal's pictures, and the refused pairs."""
     import pyarrow.parquet as pq
 
     from ..patching.summary import panels
@@ -317,12 +349,13 @@ def _view(artifact: Artifact) -> dict[str, object]:
     }
 
 
-def _nothing_left(job: _Job, refused: Sequence[Refusal]) -> GreatctlError:
+def nothing_left(job: Job, refused: Sequence[Refusal]) -> GreatctlError:
+    """The error where no pair is left to patch."""
     reasons = "; ".join(f"{r.pair.id}: {r.reason}" for r in refused[:5])
     kind = UsageError if len(job.pairs) == 1 and job.pairs[0].id == "given" else InputError
     return kind(
         f"none of the {len(job.pairs)} pairs can be patched with {job.info.name}",
         why=reasons,
-        fix="name a file with --pairs whose prompts are equally long and whose answers are one token here",
+        fix="name a file with --pairs whose prompts correspond place by place and tell the answers apart",
         code="no-usable-pair",
     )

@@ -1,4 +1,4 @@
-"""`greatctl patch`: which layer and position carries the difference, causally."""
+"""`greatctl patch`: which layer, head, neuron or latent carries the difference, and at which place, causally."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typer import Option
 from ..options import stage_command
 
 EXAMPLES = (
-    "greatctl patch --model bundled",
-    "greatctl patch --metric logit-diff --metric kl --pairs composure",
-    "greatctl patch --pairs my-pairs.toml --direction denoising --site resid_post",
+    "greatctl patch --model bundled --metric logit-diff --metric kl --pairs composure",
+    "greatctl patch --pairs my-pairs.toml --direction denoising --site z",
+    "greatctl patch --site latents --sae batchtopk-2048-k32 --top 20",
     'greatctl patch --clean "The captain was calm and" --corrupted "The captain was afraid and" '
     '--answer " strong" --wrong-answer " weak"',
 )
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     @stage_command(app, "patch", EXAMPLES)
     def patch(
         metric: Annotated[
-            list[str] | None, Option(metavar="NAME", help="logit-diff (default), prob, prob-diff, kl, …")
+            list[str] | None, Option(metavar="NAME", help="logit-diff (default), prob, log-prob, kl, js, rank, …")
         ] = None,
         pairs: Annotated[
             str | None, Option(metavar="NAME_OR_FILE", help="greatness (default), composure, ambition, a file.")
@@ -34,15 +34,30 @@ def register(app: typer.Typer) -> None:
         answer: Annotated[str | None, Option(metavar="TOKEN", help="What the target makes likelier.")] = None,
         wrong_answer: Annotated[str | None, Option(metavar="TOKEN", help="What it is weighed against.")] = None,
         site: Annotated[
-            str | None, Option(help="resid_pre (default), resid_mid, resid_post, attn_out, mlp_out.")
+            str | None,
+            Option(
+                help="resid_pre (default), …_mid, …_post, attn_out, mlp_out, z, q, k, v, pattern, mlp_post, latents."
+            ),
+        ] = None,
+        sae: Annotated[
+            str | None, Option(metavar="NAME_OR_DIR", help="For --site latents (default: the newest SAE).")
+        ] = None,
+        latent: Annotated[list[int] | None, Option(metavar="N", help="Patch this latent (repeatable).")] = None,
+        top: Annotated[int | None, Option(help="Most promising neurons or latents to patch (default 50).")] = None,
+        positions: Annotated[
+            str | None, Option(help="each (default in the stream), spans, or all (default inside of blocks).")
         ] = None,
         direction: Annotated[str | None, Option(help="denoising, noising or both (default).")] = None,
+        corruption: Annotated[
+            str | None, Option(help="counterpart (default), or to noise with: zero, mean, resample.")
+        ] = None,
+        layer_window: Annotated[int | None, Option(help="Also patch windows of so many layers.")] = None,
         method: Annotated[str | None, Option(help="exact.")] = None,
         min_gap: Annotated[
             float | None, Option(help="Refuse pairs whose two runs differ by less (default 0.01).")
         ] = None,
-        batch_cells: Annotated[int | None, Option(help="Cells a forward pass; bounds the memory.")] = None,
+        batch_cells: Annotated[int | None, Option(help="Cells a forward pass (default: what fits).")] = None,
         model: Annotated[str | None, Option(metavar="NAME_OR_DIR", help="Default: the model of the tokens.")] = None,
         name: Annotated[str | None, Option(help="Folder under results/patches (default PAIRS-SITE).")] = None,
     ) -> None:
-        """Patch the residual stream between matched prompts, over every layer and position."""
+        """Patch the stream, heads, neurons or latents between matched prompts, over every layer and place."""

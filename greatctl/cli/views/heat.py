@@ -21,6 +21,7 @@ from ..text import visible
 __all__ = ["HeatMap", "heat_strip"]
 
 _WIDE, _LABEL = 5, 8  # characters a column and of the layer's label
+_NAMES = 16  # most characters of a span's name
 
 
 def heat_strip(tokens: Sequence[str], strength: Sequence[float]) -> Text:
@@ -36,36 +37,57 @@ def heat_strip(tokens: Sequence[str], strength: Sequence[float]) -> Text:
 class HeatMap:
     """A map of shares in per cent, one row a layer; a cell that was not measured is a dot.
 
-    Where the terminal is too narrow the last columns are shown, since the answer is read at the end.
+    Where the terminal is too narrow the last columns are shown, since the answer is read at the end; with `wrap`
+    the map is broken into several, since one head is as good as another. `of` says what the columns are.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[float | None]]]
 
+    wrap: bool = False
+    of: str = "position"
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        fit = max(1, (options.max_width - _LABEL) // _WIDE)
-        first = max(0, len(self.columns) - fit)
-        view = Table(
-            box=box.SIMPLE_HEAD, title=visible(self.title), title_justify="left", title_style="bold", padding=(0, 0)
-        )
-        view.add_column("layer", justify="right", style="dim", no_wrap=True)
-        for column in self.columns[first:]:
-            name = "\n".join(map(visible, column.split("\n")))
-            view.add_column(name, justify="right", width=_WIDE - 1, no_wrap=True)
-        for label, values in self.rows:
-            view.add_row(label, *(_cell(value) for value in values[first:]))
-        yield view
+        corner = 5 if self.of == "position" else 8 + len(self.of)
+        label = max(_LABEL, 3 + corner, 3 + max((len(name) for name, _ in self.rows), default=0))
+        if self.title:
+            yield Text(visible(self.title), "bold")
+        fit = max(1, (options.max_width - label) // self._wide)
+        first = 0 if self.wrap else max(0, len(self.columns) - fit)
+        for start in range(first, len(self.columns), fit):
+            yield self._part(start, start + fit)
         if first:
             yield Text(
-                f"  (the first {first} of {len(self.columns)} positions do not fit; they are in cells.parquet)", "dim"
+                f"  (the first {first} of {len(self.columns)} {self.of}s do not fit; they are in cells.parquet)", "dim"
             )
+
+    @property
+    def _wide(self) -> int:
+        """Characters a column: names of spans need more than numbers."""
+        longest = max(map(len, self.columns), default=0) if self.of == "span" else 0
+        return min(max(_WIDE, 1 + longest), _NAMES)
+
+    def _part(self, start: int, end: int) -> Table:
+        """Some of the columns."""
+        view = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 0),
+        )
+        corner = "layer" if self.of == "position" else f"layer / {self.of}"
+        view.add_column(corner, justify="right", style="dim", no_wrap=True)
+        for column in self.columns[start:end]:
+            name = "\n".join(map(visible, column.split("\n")))
+            view.add_column(name, justify="right", width=self._wide - 1, no_wrap=True)
+        for label, values in self.rows:
+            view.add_row(label, *(_cell(value) for value in values[start:end]))
+        return view
 
 
 def _cell(value: float | None) -> Text:
     if value is None or value != value:
         return Text("·", "dim")
-    return Text(f"{100 * value:4.0f}", _warm(value) if value >= 0 else _cold(-value))
+    return Text(f"{round(100 * value) + 0:4d}", _warm(value) if value >= 0 else _cold(-value))
 
 
 def _warm(share: float) -> Style:

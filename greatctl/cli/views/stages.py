@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 
 from rich.console import Group, RenderableType
 
+from ...corpus.manual import bring_command
 from ...stages.context import Result
 from ..text import literal
-from .heat import HeatMap, heat_strip
+from .heat import heat_strip
+from .patches import render_patch
 from .table import facts, number, size, table
 
 __all__ = ["VIEWS"]
@@ -16,9 +18,10 @@ __all__ = ["VIEWS"]
 
 def _fetch(result: Result) -> RenderableType:
     summary = result.summary
+    if "audit" in summary:
+        return _audit(result)
     rows = list(summary["sources"])  # type: ignore[call-overload]
-    cells = [(r["id"], r["character"] or r["role"], r["status"], size(r["bytes"])) for r in rows]
-    todo = [r for r in rows if r.get("why") and r["status"] in ("manual", "failed", "changed")]
+    cells = [(r["id"], r["character"] or r["role"], r["status"] or r.get("state"), size(r["bytes"])) for r in rows]
     total = facts(
         [
             ("clean text", size(summary["text_bytes"])),  # type: ignore[arg-type]
@@ -26,8 +29,47 @@ def _fetch(result: Result) -> RenderableType:
             ("activations a layer", size(summary["activation_bytes_per_layer"])),  # type: ignore[arg-type]
         ]
     )
-    notes = [literal(f"{r['id']}: {r['why']}", "yellow") for r in todo]
-    return Group(table(["source", "of", "status", "size"], cells, right=(3,)), total, *notes)
+    parts: list[RenderableType] = [table(["source", "of", "status", "size"], cells, right=(3,)), total]
+    if "totals" in summary:
+        parts[1] = _totals(summary["totals"])  # type: ignore[arg-type]
+    parts += [literal(f"{r['id']}: {r['why']}", "yellow") for r in rows if r.get("why") and r["status"] != "manual"]
+    by_hand = [r for r in rows if r.get("get")]
+    if by_hand:
+        parts += ["", literal(f"Still to be brought by a person ({len(by_hand)}):", "bold")]
+        parts += [literal(f"  {r['id']}: {r['get']}") for r in by_hand]
+        parts.append(literal(f"Each with  {bring_command('ID')}", "bold"))
+    return Group(*parts)
+
+
+def _totals(totals: Mapping[str, Mapping[str, int]]) -> RenderableType:
+    cells = [
+        (name.replace("_", " "), row["sources"], size(row["text_bytes"]), f"{row['tokens']:,}",
+         size(row["activation_bytes_per_layer"]))
+        for name, row in totals.items()
+    ]  # fmt: skip
+    return table(["", "works", "clean text", "tokens, about", "activations a layer"], cells, right=(1, 2, 3, 4))
+
+
+def _audit(result: Result) -> RenderableType:
+    """A table a work: what each rule cut, then the lines that one should look at."""
+    rows: list[Mapping] = list(result.summary["audit"])  # type: ignore[call-overload]
+    cells = [
+        (r["id"], size(r["bytes_in"]), size(r["kept"]), f"{r['kept'] / max(1, r['bytes_in']):.1%}",
+         sum(r["removed_by_rule"].values()), r["licence"], len(r["suspicious"]), r["unaccounted"])
+        for r in rows
+    ]  # fmt: skip
+    head = ["source", "in", "kept", "share", "cut, bytes", "licence", "odd lines", "unaccounted"]
+    parts: list[RenderableType] = [table(head, cells, right=tuple(range(1, 8)))] if rows else []
+    for row in rows:
+        cut = sorted(row["removed_by_rule"].items(), key=lambda item: -item[1])
+        parts += ["", literal(row["id"], "bold")]
+        parts.append(facts([(rule, size(n)) for rule, n in cut]))
+        parts += [literal(f"  {line}", "yellow") for line in row["suspicious"][:12]]
+        if len(row["suspicious"]) > 12:
+            parts.append(literal(f"  … and {len(row['suspicious']) - 12} more (--json has them)", "dim"))
+    missing = [r for r in list(result.summary["sources"]) if r["status"] != "up-to-date"]  # type: ignore[call-overload]
+    parts += [literal(f"{r['id']}: {r.get('why') or r['status']}", "yellow") for r in missing]
+    return Group(*parts)
 
 
 def _plain(result: Result) -> RenderableType:
@@ -35,6 +77,16 @@ def _plain(result: Result) -> RenderableType:
     if result.artifact:
         lines.append(("artifact", str(result.artifact)))
     return facts([(name.replace("_", " "), value) for name, value in lines])
+
+
+def _train(result: Result) -> RenderableType:
+    controls = result.summary.get("controls")
+    if not isinstance(controls, Mapping):
+        return _plain(result)
+    keys = ("explained_variance", "l0", "ce_loss_recovered", "dead_fraction", "matched_ours_mean_max_cosine")
+    rows = [(r["control"], *(number(r.get(key)) for key in keys)) for r in controls["controls"]]
+    head = ["", "explained variance", "l0", "ce loss recovered", "dead", "decoder match"]
+    return Group(_plain(result), table(head, rows, right=(1, 2, 3, 4, 5)))
 
 
 def _interpret(result: Result) -> RenderableType:
@@ -75,43 +127,12 @@ def _page(page: Mapping) -> RenderableType:
     return Group(*parts)
 
 
-def _patch(result: Result) -> RenderableType:
-    summary = result.summary
-    peak = summary["peak"]
-    lines = [(k.replace("_", " "), v) for k, v in summary.items() if isinstance(v, int | float | str)]
-    if isinstance(peak, Mapping):
-        lines.append(("peak", f"layer {peak['layer']}, position {peak['position']}: {number(peak['effect'])}"))
-    parts: list[RenderableType] = [facts(lines)]
-    for panel in list(result.view.get("panels") or []):  # type: ignore[call-overload]
-        parts.append(_panel(panel))
-    for name, reason in list(result.view.get("refused") or [])[:8]:  # type: ignore[call-overload]
-        parts.append(literal(f"refused {name}: {reason}", "yellow"))
-    if result.artifact:
-        parts.append(facts([("artifact", str(result.artifact))]))
-    return Group(*parts)
-
-
-def _panel(panel: Mapping) -> RenderableType:
-    """A direction's map. Both read the same way: 0 is "the patch does nothing", 100 "it carries all of the difference"."""
-    noising = panel["neutral"] == 1.0
-    sense = "destroyed by" if noising else "restored by"
-    title = f"{panel['metric']}, {panel['direction']}: per cent of the difference {sense} the patch"
-    columns = [
-        f"{label.strip()[:6]}\n{place}" for label, place in zip(panel["labels"], panel["positions"], strict=True)
-    ]
-    rows = [
-        (str(layer), [None if v is None else (1 - v if noising else v) for v in values])
-        for layer, values in enumerate(panel["matrix"])
-    ]
-    return HeatMap(title, columns, rows)
-
-
 VIEWS: dict[str, Callable[[Result], RenderableType]] = {
     "fetch": _fetch,
     "tokenize": _plain,
     "harvest": _plain,
-    "train": _plain,
+    "train": _train,
     "interpret": _interpret,
-    "patch": _patch,
+    "patch": render_patch,
     "report": _plain,
 }
