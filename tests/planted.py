@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from token_folder import build
 from torch import Tensor
 
 from greatctl.corpus import windows
@@ -85,7 +86,7 @@ def project(
 
             return [(2 + np.arange(length) % 48, 1 + np.arange(length)) for _ in texts]
 
-        windows.build(w.path, documents, ["x" * length for _ in splits], encode, window=window, tokenizer=tokenizer)
+        build(w.path, documents, ["x" * length for _ in splits], encode, window=window, tokenizer=tokenizer)
         tokens = w.seal({})
     store = windows.TokenStore(tokens.path)
     real = torch.arange(window) < store.length[:, None]

@@ -249,7 +249,7 @@ def test_init_writes_the_manifest_once(greatctl: Greatctl, tmp_path: Path) -> No
 def test_doctor_looks_at_everything(greatctl: Greatctl, tmp_path: Path) -> None:
     out = greatctl("--offline", "doctor", "--json", cwd=tmp_path)
     checks = {c["name"]: c for c in out.document["summary"]["checks"]}
-    assert {"python", "torch", "tensors", "gpu", "disk", "sync", "locks", "model"} <= set(checks)
+    assert {"python", "torch", "tensors", "gpu", "disk", "sync", "locks", "proxy", "model"} <= set(checks)
     synced = greatctl("--offline", "--data-dir", tmp_path / "Dropbox" / "x", "doctor", "--json", cwd=tmp_path)
     rows = {c["name"]: c for c in synced.document["summary"]["checks"]}
     assert rows["sync"]["state"] == "warning" and "--data-dir" in rows["sync"]["fix"]
@@ -366,6 +366,19 @@ def test_doctor_warns_where_there_are_no_locks(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lock.FileLock, "acquire", no_flock)
     row = doctor._locks(tmp_path)
     assert row["state"] == "warning" and "local disk" in row["fix"]
+
+
+def test_doctor_says_that_fetch_uses_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from greatctl.stages import doctor
+
+    for name in doctor._PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    assert doctor._proxy()["state"] == "ok"
+    monkeypatch.setenv("https_proxy", "http://me:secret@proxy.example.org:8080")
+    row = doctor._proxy()
+    assert row["state"] == "warning" and "HTTPS_PROXY" in row["found"] and "--mirror" in row["fix"]
+    assert "secret" not in str(row)
 
 
 def test_doctor_says_what_a_gated_model_needs(greatctl: Greatctl, tmp_path: Path) -> None:

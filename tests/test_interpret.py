@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_llama import context, save_tiny
+from token_folder import build
 
 from greatctl import manifest
-from greatctl.corpus.windows import build
 from greatctl.errors import InputError, IntegrityError, InterruptedRun, ManifestError, UsageError
 from greatctl.events import Run
 from greatctl.extend.manager import load_plugins
 from greatctl.extend.registry import Item
-from greatctl.features.hypotheses import BASELINES
+from greatctl.features.hypotheses import BASELINES, COMPANIONS
 from greatctl.model.loading import load, revision_of
 from greatctl.sae.folder import Origin, save
 from greatctl.sae.topk import TopK
-from greatctl.stages import interpret
+from greatctl.stages import controls, interpret
 from greatctl.stages.context import Context, Project
 from greatctl.stages.interpret import Config
 from greatctl.store.artifact import Identity, work
@@ -154,6 +154,22 @@ def test_the_summary_has_the_fixed_keys(tables) -> None:
     assert summary["n_characters"] == 6 and summary["n_controls"] == 7 and "sd or more" in summary["power"]
     assert json.loads(json.dumps(summary)) == summary
     assert tables.view["missing"] == list(BASELINES)
+
+
+def test_controls_of_this_sae_are_no_longer_missing_and_those_of_another_are(tmp_path: Path) -> None:
+    world = make_world(tmp_path, {"great-0": "character", "plain-0": "control"})
+    folder = world.project.results / "controls" / "tiny"
+    trained = json.loads((world.project.saes / "tiny" / "artifact.json").read_text())["fingerprint"]
+    for sae, owed in ((trained[::-1], BASELINES), (trained, [name for name in BASELINES if name not in COMPANIONS])):
+        with work(folder, Identity(controls.STAGE, {"sae": "tiny"}, inputs={"sae": sae}), fresh=True) as w:
+            write_json(w.path / "comparison.json", [])
+            w.seal({})
+        made = interpret.run(world, Config())
+        assert not made.up_to_date and made.view["missing"] == list(owed)
+        assert all(row["missing"] == list(owed) for row in rows_of(made, "hypotheses"))
+        assert interpret.run(world, Config()).up_to_date
+    (folder / "comparison.json").unlink()
+    assert interpret.run(world, Config()).view["missing"] == list(BASELINES)
 
 
 def test_a_second_run_is_up_to_date_and_a_forced_one_gives_the_same_bytes(world: Context, tables) -> None:

@@ -25,8 +25,17 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "plugins"
 BUILT_IN = {
     "sources": {"gutenberg", "manual"},
-    "architectures": {"batchtopk", "relu", "topk"},
-    "metrics": {"kl", "logit-diff", "prob", "prob-diff"},
+    "architectures": {
+        "batchtopk",
+        "gated",
+        "jumprelu",
+        "matryoshka",
+        "relu",
+        "skip-transcoder",
+        "topk",
+        "transcoder",
+    },
+    "metrics": {"accuracy", "ce", "js", "kl", "log-prob", "logit", "logit-diff", "prob", "prob-diff", "rank"},
 }
 METRIC = """
 from greatctl import hookimpl
@@ -213,12 +222,12 @@ def test_a_bad_plugin_is_named_undone_and_harmless(project: Path, fault: str) ->
 
 
 def test_an_unknown_name_is_exit_8_while_a_plugin_is_missing_and_2_otherwise(project: Path) -> None:
-    with pytest.raises(UsageError, match="'rank'") as unknown:
-        load_plugins(folder=project).registry.get("metrics", "rank")
+    with pytest.raises(UsageError, match="'margin'") as unknown:
+        load_plugins(folder=project).registry.get("metrics", "margin")
     assert unknown.value.exit_code == 2
     plugin(project, "bad", BAD["missing import"][0])
     with pytest.raises(PluginError) as error:
-        load_plugins(folder=project).registry.get("metrics", "rank")
+        load_plugins(folder=project).registry.get("metrics", "margin")
     assert error.value.exit_code == 8
     assert "a_module_that_is_not_there" in error.value.why and "bad" in error.value.why
 

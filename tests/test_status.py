@@ -94,6 +94,17 @@ def test_several_sites_autoencoders_and_features_are_each_planned_as_themselves(
     assert set(not_fine(project)) == {"report/report"}
 
 
+def test_patched_latents_of_an_older_autoencoder_are_planned_with_it(project: Project) -> None:
+    """A newer autoencoder is what `--site latents` would take now; what was patched with the older one stays as it is."""
+    pairs = project.root / "pairs.jsonl"
+    pairs.write_text(
+        '{"id": "a", "clean": "123456", "corrupted": "125456", "answer": "7", "wrong_answer": "9"}\n', encoding="utf-8"
+    )
+    do(project, "patch", pairs=str(pairs), site="latents", top=2, min_gap=0.0)
+    do(project, "train", hook_point=A, name="newer")
+    assert not [name for name in not_fine(project) if name.startswith("patch/")]
+
+
 def test_an_edited_setting_makes_its_own_artifacts_and_all_that_follow_stale(project: Project) -> None:
     found = states(edited(project, "k = 3", "k = 2"))
     assert found["tokenize/model-16"][0] == found[f"harvest/{A}"][0] == "up-to-date"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,7 @@ from greatctl.errors import InputError, IntegrityError, InterruptedRun, Manifest
 from greatctl.events import Run
 from greatctl.extend.manager import load_plugins
 from greatctl.sae.folder import load as load_sae
-from greatctl.stages import models, splice, train
+from greatctl.stages import controls, models, splice, train
 from greatctl.stages.context import Context, Project
 from greatctl.store import artifact
 from greatctl.store.files import write_bytes
@@ -78,7 +75,15 @@ def test_the_folder_holds_the_sae_its_curve_and_how_it_was_made(root: Path) -> N
     result, notices = run(root, epochs=None, steps=200, lr=2e-3)
     folder = root / "results" / "saes" / "topk-32-k3-blocks.1.hook_resid_post"
     assert result.artifact == folder
-    names = {"cfg.json", "sae_weights.safetensors", "metrics.parquet", "evaluation.json", "training.json"}
+    names = {
+        "cfg.json",
+        "sae_weights.safetensors",
+        "metrics.parquet",
+        "metrics.jsonl",
+        "evaluation.json",
+        "training.json",
+    }
+    names |= {f"evaluation_{grouping}.parquet" for grouping in ("split", "character", "work")}
     assert set(contents(folder)) == {*names, "artifact.json"}
     summary = result.summary
     assert (summary["name"], summary["arch"], summary["d_sae"], summary["steps"]) == (
@@ -170,8 +175,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(root: Pat
         ctx, _ = context(root)
         with pytest.raises(error, match=words):
             train.plan(ctx, train.Config(**{**QUICK, **changes}))
-    with pytest.raises(UsageError, match="relu has no --k"):
-        run(root, arch="relu", origins={"k": "flag --k"})
+    with pytest.raises(UsageError, match="relu has no --aux-coefficient"):
+        run(root, arch="relu", aux_coefficient=0.1, origins={"aux_coefficient": "flag --aux-coefficient"})
     with pytest.raises(ValueError, match="name"):
         train.Config(name="../elsewhere")
     assert not (root / "results").exists()
@@ -255,51 +260,30 @@ def test_export_on_a_finished_sae_only_exports(root: Path) -> None:
     assert run(root)[0].up_to_date
 
 
-_CHILD = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-from pathlib import Path
-from typing import Any
-from test_train import run
-run(Path(sys.argv[3]), arch=sys.argv[4], steps=120, checkpoint_every=10)
-"""
+def test_controls_are_trained_also_where_an_export_is_asked_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controls, "train_controls", lambda ctx, config, trained: {"sae": trained.sae.path.name})
+    result, _ = run(root, controls=True, export="pth", name="both")
+    assert result.summary["controls"] == {"sae": "both"} and Path(str(result.summary["export"])).is_file()
 
 
-def child(root: Path, arch: str) -> subprocess.Popen:
-    """The stage in a process of its own."""
-    command = [sys.executable, "-c", _CHILD, str(ROOT), str(ROOT / "tests"), str(root), arch]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(shared: Path, tmp_path: Path) -> None:
-    arch = "batchtopk"
-    for name in ("straight", "killed"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "data").symlink_to(shared / "data")
-    straight_run, killed = child(tmp_path / "straight", arch), child(tmp_path / "killed", arch)
-    saes = tmp_path / "killed" / "results" / "saes"
-    deadline = time.monotonic() + 60
-    while not list(saes.glob(".*/checkpoints/step-*3?.safetensors")) and time.monotonic() < deadline:
-        assert killed.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert artifact.sealed_under(saes) == []
-    assert child(tmp_path / "killed", arch).wait(timeout=240) == 0 == straight_run.wait(timeout=240)
-    name = f"{arch}-32-k3-blocks.1.hook_resid_post"
-    straight, again = (contents(tmp_path / who / "results" / "saes" / name) for who in ("straight", "killed"))
-    assert straight.keys() == again.keys()
-    assert [n for n in straight if straight[n] != again[n]] == []
+def test_tensorboard_without_its_package_is_refused_and_leaves_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match="needs the package tensorboard"):
+        run(root, tensorboard=True, name="curves")
+    assert not [p for p in (root / "results").rglob("*curves*") if p.is_dir()]
 
 
 class Toy:
-    """A language model of 50 tokens whose logits are a fixed map of the residual stream."""
+    """A language model of 50 tokens that expects each token to be followed by the one of the next number."""
 
     revision, device = "r1", torch.device("cpu")
 
     def __init__(self) -> None:
         g = torch.Generator().manual_seed(4)
-        self.embed, self.unembed = torch.randn(50, 16, generator=g), torch.randn(16, 50, generator=g)
+        self.embed = torch.randn(50, 16, generator=g)
+        self.unembed = self.embed.roll(1, dims=0).T
         self.edited: list[torch.Tensor] = []
 
     def run(self, tokens: torch.Tensor, interventions=()) -> torch.Tensor:

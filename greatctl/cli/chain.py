@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UsageError, did_you_mean
 from ..events import Run
+from ..manifest import Manifest
 from ..stages.context import STAGES, Result
 from .options import Common, Root
 from .output import stderr
@@ -19,9 +20,19 @@ __all__ = ["run_chain", "run_demo"]
 
 
 def run_chain(
-    root: Root, start: str, end: str, flags: Mapping[str, Mapping[str, object]], common: Common
+    root: Root,
+    start: str,
+    end: str,
+    flags: Mapping[str, Mapping[str, object]],
+    common: Common,
+    *,
+    implied: Mapping[str, Mapping[str, object]] | None = None,
 ) -> list[Result]:
-    """Run the stages from `start` to `end`; a failure ends the chain, missing sources (11) do not."""
+    """Run the stages from `start` to `end`; a failure ends the chain, missing sources (11) do not.
+
+    Args:
+        implied: settings of a stage that hold unless a flag, the environment or the manifest says otherwise.
+    """
     for name in (start, end):
         if name not in STAGES:
             raise UsageError(f"'{name}' is not a stage", fix=did_you_mean(name, STAGES))
@@ -35,9 +46,16 @@ def run_chain(
         for stage in STAGES[first : last + 1]:
             run.stop_here()
             voice = Run(stage, run.emit, run.stop)
-            module, context, config = prepare(root, stage, flags.get(stage, {}), common, project, plugins, voice)
+            given = {**_unless_said(stage, (implied or {}).get(stage, {}), project.manifest), **flags.get(stage, {})}
+            module, context, config = prepare(root, stage, given, common, project, plugins, voice)
             results.append(module.run(context, config))
     return results
+
+
+def _unless_said(stage: str, implied: Mapping[str, object], manifest: Manifest) -> dict[str, object]:
+    """Those of the implied settings that neither the environment nor the manifest sets."""
+    table = manifest.tables.get(stage, {})
+    return {k: v for k, v in implied.items() if k not in table and not os.environ.get(f"GREATCTL_{stage}_{k}".upper())}
 
 
 def run_demo(root: Root, folder: Path, common: Common) -> dict[str, object]:

@@ -1,12 +1,19 @@
-"""A running stage as seen on stderr: a bar that knows the time left on a terminal, a line every quarter minute in a log."""
+"""A running stage as seen on stderr: a bar that knows the time left on a terminal, a line every half minute in a log.
+
+While something is trained the last few points of its curve stand above the bar; in a log they are part of the line.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ..events import Event
 from .output import stderr
@@ -14,7 +21,71 @@ from .text import literal, visible
 
 __all__ = ["Display"]
 
-_EVERY_SECONDS = 15.0
+_EVERY_SECONDS = 30.0
+_KNOWN_AFTER = 0.5  # seconds
+_POINTS = 5
+_FIGURES = {
+    "loss": ("loss", "{:.4g}"),
+    "explained_variance": ("explained variance", "{:.3f}"),
+    "l0": ("L0", "{:.1f}"),
+    "dead_fraction": ("dead", "{:.1%}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+}
+
+
+class _Curve:
+    """The last points of a training curve, with the speed between them."""
+
+    def __init__(self) -> None:
+        self.points: deque[dict[str, float]] = deque(maxlen=_POINTS)
+        self._first: tuple[float, float] | None = None
+
+    def add(self, data: dict[str, float]) -> None:
+        """One more point; the speed counts from the first that was seen, so that a resumed run does not fly."""
+        now, tokens = time.monotonic(), data.get("tokens")
+        if tokens is not None:
+            self._first = self._first or (now, tokens)
+            seconds = now - self._first[0]
+            data["tokens_per_second"] = (tokens - self._first[1]) / seconds if seconds > 0.2 else 0.0
+        self.points.append(data)
+
+    def reset(self) -> None:
+        """Forget a curve that is complete."""
+        self.points.clear()
+        self._first = None
+
+    def words(self) -> str:
+        """The newest point as words for a log."""
+        if not self.points:
+            return ""
+        newest = self.points[-1]
+        return "".join(
+            f", {name} {form.format(newest[key])}" for key, (name, form) in _FIGURES.items() if newest.get(key)
+        )
+
+    def table(self) -> Table:
+        """The points as a table of at most 80 columns."""
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("step", *(name for name, _ in _FIGURES.values())):
+            table.add_column(name, justify="right", style="dim", header_style="dim")
+        for point in self.points:
+            cells = (form.format(point[key]) if key in point else "" for key, (_, form) in _FIGURES.items())
+            table.add_row(f"{point['step']:,.0f}", *cells, style="none" if point is self.points[-1] else "dim")
+        return table
+
+
+class _Board(Progress):
+    """Bars, and above them the training curve's last points."""
+
+    def __init__(self, curve: _Curve, *columns: ProgressColumn, console: Console) -> None:
+        self.curve = curve  # first: the base class draws itself while it is made
+        super().__init__(*columns, console=console, transient=True)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The table where there is one, then the bars."""
+        if self.curve.points:
+            yield self.curve.table()
+        yield self.make_tasks_table(self.tasks)
 
 
 class Display:
@@ -25,6 +96,7 @@ class Display:
         self._console = stderr()
         self._bars = not quiet and self._console.is_terminal and not self._console.is_dumb_terminal
         self._progress: Progress | None = None
+        self._curve = _Curve()
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._last_line = time.monotonic()
         self._began: dict[tuple[str, str], tuple[float, int]] = {}
@@ -41,6 +113,8 @@ class Display:
             return
         if event.kind == "progress":
             self._advance(event)
+        elif event.kind == "metric":
+            self._curve.add({k: float(v) for k, v in event.data.items() if isinstance(v, int | float)})
         elif event.kind in ("notice", "skipped"):
             self._console.print(literal(f"{event.message}", "dim"))
         elif event.kind == "finished":
@@ -64,39 +138,40 @@ class Display:
                 TextColumn("{task.fields[rate]:>16}"),
                 TimeRemainingColumn(compact=True),
             )
-            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress = _Board(self._curve, *columns, console=self._console)
             self._progress.start()
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(visible(key[1]), total=total or None, completed=already, rate="")
-        self._progress.update(
-            self._tasks[key], completed=done, total=total or None, rate=self._rate(key, done, already, unit)
-        )
+        speed = self._speed(key, done, already)
+        rate = f"{speed:,.0f} {unit}/s" if speed and unit else ""
+        self._progress.update(self._tasks[key], completed=done, total=total or None, rate=rate)
         if total and done >= total:
             self._progress.remove_task(self._tasks.pop(key))
             self._began.pop(key, None)
+            self._curve.reset()
 
     def _line(self, key: tuple[str, str], done: int, total: int, already: int, unit: str) -> None:
-        rate = self._rate(key, done, already, unit)
+        speed = self._speed(key, done, already)
         now = time.monotonic()
         if now - self._last_line < _EVERY_SECONDS:
             return
         self._last_line = now
-        began, first = self._began[key]
-        speed = (done - first) / max(now - began, 1e-9)
-        eta = f", {(total - done) / speed:.0f} s left" if total and speed > 0 else ""
-        of = f" of {total:,}" if total else ""
-        self._console.print(literal(f"{key[0]}: {key[1]}: {done:,}{of} {unit} {rate}{eta}"))
+        amount = f"{done:,}" + (f" of {total:,}" if total else "") + (f" {unit}" if unit else "")
+        rate = f", {speed:,.0f} {unit}/s" if speed and unit else ""
+        eta = f", {(total - done) / speed:.0f} s left" if speed and total else ""
+        what = ": ".join(dict.fromkeys(key))  # a stage whose one task is called as it is is not named twice
+        self._console.print(literal(f"{what}: {amount}{rate}{self._curve.words()}{eta}"))
 
-    def _rate(self, key: tuple[str, str], done: int, already: int, unit: str) -> str:
+    def _speed(self, key: tuple[str, str], done: int, already: int) -> float:
+        """Units a second since the first event; 0 in the first half second, in which it would be a guess."""
         began, first = self._began.setdefault(key, (time.monotonic(), max(already, 0)))
         seconds = time.monotonic() - began
-        if seconds < 0.5 or done <= first:
-            return ""
-        return f"{(done - first) / seconds:,.0f} {unit}/s" if unit else ""
+        return 0.0 if seconds < _KNOWN_AFTER else max(done - first, 0) / seconds
 
     def _clear(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
             self._tasks.clear()
+        self._curve.reset()
         self._began.clear()

@@ -1,4 +1,7 @@
-"""The section on the autoencoder: its numbers on texts that it has not seen, its training, its densities."""
+"""The section on the autoencoder: its numbers on texts that it has not seen, its controls, its training, its densities.
+
+Whatever a control would have said is named as missing where it was not trained.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,16 @@ from typing import Any
 from ..store.artifact import Artifact
 from ..store.tables import read_columns
 from .charts import bars, lines
-from .view import Block, Prose, Table
+from .view import Block, Cell, Prose, Table
 
 __all__ = ["finding", "section"]
 
 _MISSING = "the same architecture with a frozen random decoder, one on a model with random weights, and two other seeds"
+_SPLITS = {
+    "heldout-work": "other works of authors that were read",
+    "heldout-author": "authors of whom nothing was read",
+}
+_COSTS = ("clean", "spliced", "zero", "mean")
 
 
 def finding(summary: Mapping[str, Any]) -> str:
@@ -31,35 +39,103 @@ def finding(summary: Mapping[str, Any]) -> str:
     return " ".join(parts) + f"; {summary['dead_fraction']:.1%} of the latents are dead."
 
 
-def section(trained: Artifact, activations: Artifact | None) -> list[Block]:
-    """Quality, training curve, density histogram, and the controls that are missing."""
+def section(trained: Artifact, activations: Artifact | None, controls: Artifact | None = None) -> list[Block]:
+    """Quality in all and by group, the loss of the spliced model, controls, training curve, densities, neighbours."""
     measured = json.loads((trained.path / "evaluation.json").read_bytes())
     training = json.loads((trained.path / "training.json").read_bytes())
     curve = read_columns(trained.path / "metrics.parquet")
     blocks: list[Block] = [
         Table(["quantity", "value"], _quality(measured, training), caption="On held-out windows"),
+        *_reasons(measured),
+        *_groups(measured),
+        *_losses(measured),
+        *_controls(controls),
         _training(curve),
     ]
-    histogram = measured.get("density_histogram")
-    if histogram:
+    if histogram := measured.get("density_histogram"):
         blocks.append(_density(histogram))
-    blocks.append(
-        Prose(
-            f"Controls not trained for this run: {_MISSING}. Until they are, a good number here is weak evidence.",
-            quiet=True,
-        )
-    )
-    return blocks
+    return [*blocks, *_neighbours(measured)]
 
 
 def _quality(measured: Mapping[str, Any], training: Mapping[str, Any]) -> list[Sequence]:
     rows: list[Sequence] = [
         [k.replace("_", " "), v] for k, v in measured.items() if isinstance(v, int | float | str) or v is None
     ]
-    for key in ("hook_point", "model", "epochs", "tokens"):
-        rows.append([key.replace("_", " "), training.get(key)])
+    spread = measured.get("l0_percentiles") or {}
+    rows += [[f"l0, percentile {percentile}", value] for percentile, value in spread.items()]
+    for key in ("hook_point", "target_hook_point", "model", "epochs", "tokens"):
+        if key in training:
+            rows.append([key.replace("_", " "), training[key]])
     rows += [[f"rows {k.replace('_', ' ')}", v] for k, v in training.get("rows", {}).items()]
     return rows
+
+
+def _reasons(measured: Mapping[str, Any]) -> list[Block]:
+    """Why a number is not there."""
+    reasons = {**(measured.get("undefined") or {}), **(measured.get("ce_undefined") or {})}
+    words = "; ".join(f"{key.replace('_', ' ')}: {why}" for key, why in reasons.items())
+    return [Prose(f"Not available: {words}.", quiet=True)] if words else []
+
+
+def _groups(measured: Mapping[str, Any]) -> list[Block]:
+    """A table for each grouping: held out by work and by author, then each character, author and work."""
+    blocks: list[Block] = []
+    for key, rows in measured.items():
+        if not key.startswith("per_") or not rows:
+            continue
+        name = key.removeprefix("per_")
+        losses = {row["label"]: row for row in measured.get(f"ce_per_{name}") or ()}
+        found = [_group_row(row, losses.get(row["label"], {})) for row in rows]
+        headers = [name, "rows", "explained variance", "nmse", "l0", "l0 5 %", "l0 95 %", "ce recovered", "kl"]
+        caption = f"Held-out windows by {name}" + (": " + _kinds(rows) if name == "split" else "")
+        blocks.append(Table(headers, found, numeric=list(range(1, 9)), caption=caption))
+    return blocks
+
+
+def _group_row(row: Mapping[str, Any], loss: Mapping[str, Any]) -> list[Cell]:
+    numbers = [row[key] for key in ("rows", "explained_variance", "nmse", "l0", "l0_p5", "l0_p95")]
+    return [row["label"], *numbers, loss.get("ce_loss_recovered"), loss.get("kl")]
+
+
+def _kinds(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(f"{row['label']} = {_SPLITS.get(row['label'], 'no other split')}" for row in rows)
+
+
+def _losses(measured: Mapping[str, Any]) -> list[Block]:
+    """What the model loses with the autoencoder, zeros or the mean in the place of the activation."""
+    if measured.get("ce_clean") is None:
+        return []
+    rows: list[list[Cell]] = []
+    for name in _COSTS:
+        recovered = {"zero": "ce_loss_recovered", "mean": "ce_loss_recovered_mean"}.get(name)
+        kl = {"spliced": "kl", "zero": "kl_zero", "mean": "kl_mean"}.get(name)
+        rows.append([name, measured.get(f"ce_{name}"), kl and measured.get(kl), recovered and measured.get(recovered)])
+    headers = ["in the place of the activation", "cross-entropy, nats", "KL to clean, nats", "recovered against it"]
+    return [Table(headers, rows, numeric=[1, 2, 3], caption="The language model's loss on held-out windows")]
+
+
+def _controls(controls: Artifact | None) -> list[Block]:
+    if controls is None:
+        words = f"Controls not trained for this run: {_MISSING}. Until they are, a good number here is weak evidence."
+        return [Prose(words, quiet=True)]
+    keys = {
+        "explained_variance": "explained variance",
+        "l0": "l0",
+        "ce_loss_recovered": "ce recovered",
+        "dead_fraction": "dead",
+        "matched_ours_mean_max_cosine": "its rows found here",
+        "matched_theirs_mean_max_cosine": "these rows found in it",
+        "matched_hungarian_mean_cosine": "one to one",
+        "matched_ours_matched_0.7": "matched at 0.7",
+    }
+    compared = json.loads((controls.path / "comparison.json").read_bytes())
+    rows = [[row["control"], *(row.get(key) for key in keys)] for row in compared]
+    words = (
+        "Matching compares decoder rows by cosine: the mean over rows of the best partner in either direction, and the mean "
+        "over one-to-one pairs. A frozen decoder shows what chance gives; two seeds show how much returns."
+    )
+    caption = "The autoencoder beside its controls, same settings and texts"
+    return [Table(["", *keys.values()], rows, numeric=list(range(1, 9)), caption=caption), Prose(words, quiet=True)]
 
 
 def _training(curve: Mapping[str, list]) -> Block:
@@ -81,3 +157,17 @@ def _density(histogram: Mapping[str, list]) -> Block:
         y_title="latents",
         words=f"{sum(counts):,} latents by the share of held-out tokens on which they fire.",
     )
+
+
+def _neighbours(measured: Mapping[str, Any]) -> list[Block]:
+    found = measured.get("decoder_neighbours")
+    if not found:
+        return []
+    spread = found["max_cosine_percentiles"]
+    words = (
+        f"Nearest decoder neighbours of {found['compared']:,} latents: the largest cosine to another latent is "
+        f"{spread['50']:.2f} for the median latent and {spread['95']:.2f} at the 95th percentile; "
+        f"{found['above_0.9']:.1%} of the latents have a neighbour above 0.9."
+    )
+    pairs = [[pair["latent"], pair["neighbour"], pair["cosine"]] for pair in found["closest"]]
+    return [Prose(words), Table(["latent", "neighbour", "cosine"], pairs, numeric=[0, 1, 2], caption="Closest pairs")]

@@ -16,14 +16,18 @@ from torch import Tensor
 __all__ = ["auxk"]
 
 
-def auxk(pre_acts: Tensor, residual: Tensor, W_dec: Tensor, dead: Tensor) -> Tensor | None:
+def auxk(
+    pre_acts: Tensor, residual: Tensor, W_dec: Tensor, dead: Tensor, spread: Tensor | None = None
+) -> Tensor | None:
     """The auxiliary loss, a scalar.
 
     Args:
         pre_acts: [n, d_sae], with its graph.
-        residual: x - x^ [n, d_in]; taken without its graph.
-        W_dec: [d_sae, d_in].
+        residual: x - x^ [n, d_out]; taken without its graph.
+        W_dec: [d_sae, d_out].
         dead: [d_sae] bool.
+        spread: where these rows are a part of a batch, the batch's mean of |e - mean(e)|^2, a scalar; losses of parts,
+            weighted by their rows, are then that of the batch.
 
     Returns:
         The unweighted loss; exactly 0 where nothing is dead; None where it is not finite (no variance left to
@@ -38,5 +42,6 @@ def auxk(pre_acts: Tensor, residual: Tensor, W_dec: Tensor, dead: Tensor) -> Ten
     values, places = candidates.topk(k, dim=1, sorted=False)
     latents = torch.zeros_like(candidates).scatter(1, places, values.relu())
     rebuilt = latents @ W_dec.index_select(0, index)
-    loss = (error - rebuilt).square().sum() / (error - error.mean(dim=0)).square().sum()
+    below = (error - error.mean(dim=0)).square().sum() if spread is None else spread.to(error) * error.shape[0]
+    loss = (error - rebuilt).square().sum() / below
     return loss if bool(torch.isfinite(loss)) else None

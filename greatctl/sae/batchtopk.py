@@ -12,6 +12,7 @@ On disk this is a JumpReLU with theta repeated.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from .coder import Coder, Inference
 from .topk import TopK, TopKConfig
+from .whole import Whole
 
-__all__ = ["BatchTopK", "kth_largest", "threshold_for"]
+__all__ = ["BatchTopK", "kth_largest", "lowest_kept", "threshold_for"]
 
 _BETA = 0.999
 _SAMPLE = 1 << 16
@@ -38,14 +40,36 @@ class BatchTopK(TopK):
         super().__init__(config)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self._lowest: Tensor | None = None  # of the last selection
+        self._noted: Tensor | None = None  # of the batch that is being learnt from
 
-    def select(self, pre_acts: Tensor) -> Tensor:
-        """Latents [n, d_sae] from pre-activations [n, d_sae]."""
+    def select(self, pre_acts: Tensor, whole: Whole | None = None) -> Tensor:
+        """Latents [n, d_sae] from pre-activations [n, d_sae]; `whole` where they are a part of a batch."""
         if not self.training:
             return torch.where(pre_acts > self.threshold, pre_acts, 0.0).relu()
-        lowest = kth_largest(pre_acts.detach(), pre_acts.shape[0] * self.config.k)
-        self._follow(lowest)
+        lowest = whole.lowest if whole is not None else None
+        if lowest is None:
+            lowest = kth_largest(pre_acts.detach(), pre_acts.shape[0] * self.config.k)
+        self._lowest = lowest
         return torch.where(pre_acts >= lowest, pre_acts, 0.0)
+
+    def terms(self, x: Tensor, target: Tensor, dead: Tensor, whole: Whole | None) -> dict[str, Tensor]:
+        """As TopK; the smallest kept pre-activation is noted for `after_step`."""
+        found = super().terms(x, target, dead, whole)
+        self._noted = self._lowest
+        return found
+
+    def prepare(self, parts: Sequence[Tensor], *, dead: Tensor, targets: Sequence[Tensor] | None = None) -> Whole:
+        """The smallest pre-activation that the whole batch keeps, and the spread of the residual."""
+        lowest = lowest_kept(lambda: map(self.pre_acts, parts), self.config.k)
+        return self._with_spread(Whole(lowest), parts, targets or parts)
+
+    def after_step(self) -> None:
+        """Unit rows; the threshold follows the batch's smallest kept activation."""
+        super().after_step()
+        if self._noted is not None:
+            self._follow(self._noted)
+            self._noted = None
 
     def calibrate(self, rows: Tensor) -> None:
         """Set the threshold so that `rows` (scaled as in training) have L0 = k."""
@@ -90,6 +114,18 @@ def kth_largest(values: Tensor, count: int) -> Tensor:
     if candidates.numel() == 0:
         return values.new_full((), torch.finfo(values.dtype).tiny)
     return candidates.topk(min(count, candidates.numel()), sorted=False).values.min()
+
+
+def lowest_kept(parts: Callable[[], Iterable[Tensor]], k: int) -> Tensor:
+    """`kth_largest` for k entries a row of all parts [n_i, d_sae] together, with one part in memory at a time.
+
+    `parts` is gone through twice. Alone, a part has a threshold of its own; the lowest of those is a bound below the
+    common one, which the second pass finds among what lies above the bound.
+    """
+    own = [(kth_largest(part, len(part) * k), len(part)) for part in parts()]
+    bound = torch.stack([threshold for threshold, _ in own]).min()
+    kept = torch.cat([part[part >= bound] for part in parts()])
+    return kth_largest(kept, sum(rows for _, rows in own) * k)
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """A trained SAE's folder: the SAELens v6 layout, written and read with safetensors alone.
 
-    cfg.json               architecture, sizes, metadata
-    sae_weights.safetensors  W_enc b_enc W_dec b_dec (threshold)
+    cfg.json                 architecture, sizes, metadata
+    sae_weights.safetensors  the tensors of the architecture (see `layout`)
 
 Whatever training did to its inputs is folded away before writing, `normalize_activations` is "none", and
-decoder rows have norm 1; so the file works on raw activations wherever it is read. BatchTopK is written as a
-JumpReLU, which is what it is at inference. An architecture that SAELens does not know keeps its own name, and
-is read through the registry.
+decoder rows have norm 1; so the file works on raw activations wherever it is read. BatchTopK and Matryoshka are
+written as a JumpReLU, which is what they are at inference, and transcoders as SAELens's with thresholds. An
+architecture that SAELens does not know keeps its own name, and is read through the registry.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..errors import InputError, IntegrityError, did_you_mean
+from ..errors import InputError, IntegrityError, StageError, did_you_mean
 from ..store.files import write_bytes, write_json
 from .coder import Coder
+from .layout import LAYOUTS, Reading, objection
 
 __all__ = ["CONFIG", "WEIGHTS", "LoadedSAE", "Origin", "export", "load", "save"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _LAYOUT_VERSION = "6.54.12"
+_OLDEST = 6  # earlier versions have another cfg.json
 _REQUIRED = ("architecture", "d_in", "d_sae", "dtype")
+_DTYPES = ("float32", "bfloat16", "float16")
+_TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 _OTHER_LAYOUTS = {
     "sae.safetensors": "sparsify",
     "ae.pt": "dictionary_learning",
@@ -53,12 +57,13 @@ class Registry(Protocol):
 
 @dataclass(frozen=True)
 class Origin:
-    """What an SAE was trained on, for cfg.json."""
+    """What an SAE was trained on, for cfg.json. A transcoder has a `target_hook_point`: the site that it writes."""
 
     model_name: str
     hook_point: str
     context_size: int
     prepend_bos: bool = True
+    target_hook_point: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,22 +73,27 @@ class LoadedSAE:
     Attributes:
         name: the folder's name.
         arch: the architecture it was trained as (`batchtopk`), else the one of the file.
-        hook_point: TransformerLens name of its site, None where the folder does not say.
+        hook_point: TransformerLens name of the site that it reads, None where the folder does not say.
+        target_hook_point: the site that a transcoder writes; None for an autoencoder, which writes where it reads.
+        d_in: width of what it reads.
         cfg: cfg.json.
-        W_dec: [d_sae, d_in]; a latent's row is its direction.
+        W_dec: [d_sae, d_out]; a latent's row is its direction.
     """
 
     name: str
     arch: str
     hook_point: str | None
+    target_hook_point: str | None
+    d_in: int
     cfg: Mapping[str, object]
     W_dec: Tensor
     _encode: Callable[[Tensor], Tensor]
     _decode: Callable[[Tensor], Tensor]
+    _reconstruct: Callable[[Tensor], Tensor]
 
     @property
-    def d_in(self) -> int:
-        """Width of an activation."""
+    def d_out(self) -> int:
+        """Width of what it writes."""
         return self.W_dec.shape[1]
 
     @property
@@ -97,14 +107,31 @@ class LoadedSAE:
             return self._encode(x)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Reconstruction [n, d_in] of raw activations."""
+        """[n, d_out] from latents; what a skip-transcoder takes straight from x is not in it."""
         with torch.no_grad():
             return self._decode(latents)
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """What it makes of raw activations x [n, d_in]: [n, d_out]."""
+        with torch.no_grad():
+            return self._reconstruct(x)
 
-def save(folder: Path, coder: Coder, scale: float, origin: Origin) -> None:
-    """Write `coder`, trained on inputs `scale * x`, as a folder that reads raw x."""
-    state = coder.folded(scale).inference_state()
+
+def save(folder: Path, coder: Coder, scale: float, origin: Origin, *, target_scale: float = 1.0) -> None:
+    """Write `coder`, trained on inputs `scale * x` (and targets `target_scale * y`), as a folder that reads raw x.
+
+    Raises:
+        StageError: a weight is NaN or infinite.
+    """
+    state = coder.folded(scale, target_scale).inference_state()
+    broken = sorted(name for name, tensor in state.tensors.items() if not bool(torch.isfinite(tensor).all()))
+    if broken:
+        raise StageError(
+            f"the weights of {folder.name} are not finite, so they are not saved",
+            why=f"NaN or infinity in {', '.join(broken)}",
+            fix="train again with a lower --lr",
+            code="not-finite",
+        )
     metadata: dict[str, object] = {
         "sae_lens_version": _LAYOUT_VERSION,
         "sae_lens_training_version": None,
@@ -119,6 +146,8 @@ def save(folder: Path, coder: Coder, scale: float, origin: Origin) -> None:
         "training_architecture_details": dict(state.details),
         "greatctl_config": coder.config.model_dump(mode="json"),
     }
+    if origin.target_hook_point is not None:
+        metadata["hook_name_out"] = origin.target_hook_point
     cfg = {
         "architecture": state.architecture,
         "d_in": coder.config.d_in,
@@ -146,21 +175,22 @@ def load(folder: Path, registry: Registry | None = None, *, device: str | torch.
     tensors = {k: v.to(device, torch.float32) for k, v in _read_weights(folder).items()}
     metadata = cfg.get("metadata") or {}
     architecture = str(cfg["architecture"])
-    if architecture in _READERS:
-        _check_shapes(folder, cfg, tensors)
-        encode, decode = _plain(architecture, cfg, tensors)
-        W_dec = tensors["W_dec"]
+    if architecture in LAYOUTS:
+        _check(folder, cfg, tensors)
+        reader: Reading | Coder = Reading(cfg, tensors)
     else:
-        coder = _through_registry(folder, architecture, metadata, tensors, registry).to(device)
-        encode, decode, W_dec = coder.encode, coder.decode, coder.W_dec.detach()
+        reader = _through_registry(folder, architecture, metadata, tensors, registry).to(device)
     return LoadedSAE(
         name=folder.resolve().name,
         arch=str(metadata.get("training_architecture") or architecture),
         hook_point=metadata.get("hook_name"),
+        target_hook_point=metadata.get("hook_name_out"),
+        d_in=int(cfg["d_in"]),
         cfg=cfg,
-        W_dec=W_dec,
-        _encode=encode,
-        _decode=decode,
+        W_dec=reader.W_dec.detach(),
+        _encode=reader.encode,
+        _decode=reader.decode,
+        _reconstruct=reader.reconstruct,
     )
 
 
@@ -182,41 +212,6 @@ def export(folder: Path, form: str) -> Path:
     return target
 
 
-def _standard(pre_acts: Tensor, cfg: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Tensor:
-    return pre_acts.relu()
-
-
-def _jumprelu(pre_acts: Tensor, cfg: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Tensor:
-    return pre_acts.relu() * (pre_acts > tensors["threshold"])
-
-
-def _topk(pre_acts: Tensor, cfg: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Tensor:
-    values, places = pre_acts.topk(int(cfg["k"]), dim=-1, sorted=False)  # type: ignore[call-overload]
-    return torch.zeros_like(pre_acts).scatter(-1, places, values.relu())
-
-
-_READERS = {"standard": _standard, "topk": _topk, "jumprelu": _jumprelu}
-
-
-def _plain(
-    architecture: str, cfg: Mapping[str, object], tensors: Mapping[str, Tensor]
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Encode and decode of an architecture that the layout itself defines."""
-    activate = _READERS[architecture]
-    W_enc, b_enc, W_dec, b_dec = (tensors[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
-    shift = b_dec if cfg.get("apply_b_dec_to_input", True) else torch.zeros_like(b_dec)
-    norms = W_dec.norm(dim=1) if cfg.get("rescale_acts_by_decoder_norm") else None
-
-    def encode(x: Tensor) -> Tensor:
-        pre_acts = (x.to(W_enc.dtype) - shift) @ W_enc + b_enc
-        return activate(pre_acts if norms is None else pre_acts * norms, cfg, tensors)
-
-    def decode(latents: Tensor) -> Tensor:
-        return (latents if norms is None else latents / norms) @ W_dec + b_dec
-
-    return encode, decode
-
-
 def _through_registry(
     folder: Path,
     architecture: str,
@@ -228,8 +223,12 @@ def _through_registry(
     if registry is None or "greatctl_config" not in metadata:
         raise InputError(
             f"{folder}: the architecture {architecture!r} cannot be read",
-            why="it is none of " + ", ".join(sorted(_READERS)) + ", and no plugin for it is at hand",
-            fix=did_you_mean(architecture, _READERS),
+            why="it is a checkpoint of SAELens's training, whose threshold no reader applies"
+            if architecture in _TRAINING_ONLY
+            else "it is none of " + ", ".join(sorted(LAYOUTS)) + ", and no plugin for it is at hand",
+            fix="save it from SAELens for inference (as a jumprelu)"
+            if architecture in _TRAINING_ONLY
+            else did_you_mean(architecture, LAYOUTS),
             where=str(folder / CONFIG),
             code="unknown-architecture",
         )
@@ -260,19 +259,40 @@ def _read_cfg(folder: Path) -> dict:
         )
     try:
         cfg = json.loads(path.read_bytes())
-        missing = [key for key in _REQUIRED if key not in cfg]
-    except (OSError, ValueError, TypeError) as error:
+        missing = [key for key in _REQUIRED if cfg.get(key) is None]
+    except (OSError, ValueError, AttributeError) as error:  # the last: it is JSON, and no object
         raise _damaged(path, str(error)) from error
     if missing:
         raise _damaged(path, "missing: " + ", ".join(missing))
-    if cfg.get("normalize_activations", "none") != "none":
+    refusal = _refusal(cfg)
+    if refusal:
         raise InputError(
-            f"{path}: normalize_activations {cfg['normalize_activations']!r} is not read",
-            why="the factors that it needs are not in the folder, so its outputs would be mis-scaled",
-            fix='save the SAE with its normalisation folded in (normalize_activations "none")',
-            where=str(path),
+            f"{path}: {refusal[0]}", why=refusal[1], fix=refusal[2], where=str(path), code="unreadable-cfg"
         )
     return cfg
+
+
+def _refusal(cfg: Mapping) -> tuple[str, str, str] | None:
+    """What is refused of a cfg.json that is whole: what, why, fix."""
+    again = "load the SAE with a current SAELens and save it again"
+    if cfg.get("normalize_activations", "none") != "none":
+        return (
+            f"normalize_activations {cfg['normalize_activations']!r} is not read",
+            "the factors that it needs are not in the folder, so its outputs would be mis-scaled",
+            'save the SAE with its normalisation folded in (normalize_activations "none")',
+        )
+    if cfg.get("reshape_activations", "none") != "none":
+        why = "its inputs are the heads of an attention layer side by side, which no site gives"
+        return f"reshape_activations {cfg['reshape_activations']!r} is not read", why, "choose an SAE of another site"
+    if str(cfg["dtype"]).removeprefix("torch.") not in _DTYPES:
+        return f"dtype {cfg['dtype']!r} is not read", "it is none of " + ", ".join(_DTYPES), again
+    version = str((cfg.get("metadata") or {}).get("sae_lens_version") or "")
+    major = version.partition(".")[0]
+    if not major.isdecimal() or int(major) < _OLDEST:
+        found = f"of version {version}" if version else "without metadata.sae_lens_version"
+        why = f"cfg.json is {found}; before version {_OLDEST} its keys mean something else"
+        return "the layout of an earlier SAELens is not read", why, again
+    return None
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -283,14 +303,17 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise _damaged(path, str(error)) from error
 
 
-def _check_shapes(folder: Path, cfg: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    d, f = cfg["d_in"], cfg["d_sae"]
-    wanted = {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,)}
-    if cfg["architecture"] == "jumprelu":
-        wanted["threshold"] = (f,)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != wanted:
-        raise _damaged(folder / WEIGHTS, f"tensors {found}, expected {wanted}")
+def _check(folder: Path, cfg: Mapping, tensors: dict[str, Tensor]) -> None:
+    """Tensors and cfg.json fit each other; a `scaling_factor` of ones, which some files carry, is dropped."""
+    factor = tensors.get("scaling_factor")
+    if factor is not None and bool((factor == 1).all()):
+        del tensors["scaling_factor"]
+    why = objection(cfg, tensors)
+    if why is None:
+        broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+        why = f"NaN or infinity in {', '.join(broken)}" if broken else None
+    if why:
+        raise _damaged(folder / WEIGHTS, why)
 
 
 def _damaged(path: Path, why: str) -> IntegrityError:

@@ -6,36 +6,44 @@ in folding or saving shows up in the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import PluginError
+from ..errors import PluginError, StageError
 from ..events import Run
 from ..store.files import write_json
 from ..store.tables import write_table
+from .checkpoints import Checkpoints
 from .coder import Coder, CoderConfig
 from .contract import check_contract
-from .data import ActivationRows
-from .evaluate import Edit, cross_entropy, evaluate
-from .folder import Origin, Registry, load, save
-from .trainer import Checkpoints, Settings, Trainer, build, default_dead_window, default_lr
+from .curve import Curve, columns
+from .evaluate import Edit, cross_entropy, evaluate, write_evaluation
+from .folder import WEIGHTS, Origin, Registry, load, save
+from .rows import Rows
+from .schedule import LARGEST_BATCH, Settings, default_batch_size, default_dead_window, default_lr
+from .setup import build
+from .trainer import Trainer
 
 __all__ = ["CHECKPOINTS", "Request", "default_batch_size", "produce", "settings_for"]
 
 CHECKPOINTS = "checkpoints"
-_BATCH, _SMALLEST_BATCH, _ENOUGH_STEPS = 4096, 256, 2000
 _WARMUP_STEPS = 1000
 _LOG_POINTS = 500
+_WARMUP_FIELDS = ("l1_warmup_steps", "l0_warmup_steps")  # 0 in an architecture's config: a share of the run
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to train. `length` is ("steps" | "tokens" | "epochs", number); None means: as fits the data."""
+    """What to train. `length` is ("steps" | "tokens" | "epochs", number); None means: as fits the data.
+
+    `frozen_decoder` leaves the decoder as it was drawn (a control).
+    """
 
     cls: type[Coder]
     options: Mapping[str, object]
@@ -44,19 +52,10 @@ class Request:
     batch_size: int | None = None
     checkpoint_every: int = 500
     seed: int = 0
+    frozen_decoder: bool = False
 
 
-def default_batch_size(rows: int, run_tokens: int | None) -> int:
-    """4096, halved (to 256 at least) while a run has under 2000 steps or an epoch under 16 batches."""
-    size = _BATCH
-    while size > _SMALLEST_BATCH and (
-        rows < 16 * size or (run_tokens is not None and run_tokens < _ENOUGH_STEPS * size)
-    ):
-        size //= 2
-    return size
-
-
-def settings_for(request: Request, rows: ActivationRows) -> Settings:
+def settings_for(request: Request, rows: Rows) -> Settings:
     """The run's lengths and rates in steps."""
     unit, number = request.length
     train = rows.counts.train
@@ -69,7 +68,7 @@ def settings_for(request: Request, rows: ActivationRows) -> Settings:
     return Settings(
         steps=steps,
         batch_size=batch,
-        lr=request.lr or default_lr(int(request.options["d_sae"]), steps),  # type: ignore[call-overload]
+        lr=request.lr or _default_lr(request, steps),
         warmup_steps=min(_WARMUP_STEPS, steps // 20),
         dead_window=default_dead_window(steps * min(batch, train), batch),
         checkpoint_every=request.checkpoint_every,
@@ -78,9 +77,14 @@ def settings_for(request: Request, rows: ActivationRows) -> Settings:
     )
 
 
+def _default_lr(request: Request, steps: int) -> float:
+    d_sae = int(request.options["d_sae"])  # type: ignore[call-overload]
+    return default_lr(d_sae, steps, reads_target=request.cls.reads_target)
+
+
 def produce(
     folder: Path,
-    rows: ActivationRows,
+    rows: Rows,
     request: Request,
     origin: Origin,
     run: Run,
@@ -89,6 +93,7 @@ def produce(
     ce: Callable[[Edit | None], float] | None = None,
     facts: Mapping[str, object] | None = None,
     device: str | torch.device = "cpu",
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, object]:
     """Train in `folder` (taking up its checkpoints) and write the SAE and its tables there; whoever seals the folder
     discards the checkpoints.
@@ -96,32 +101,37 @@ def produce(
     Args:
         ce: see `greatctl.sae.evaluate.cross_entropy`; None = not measured.
         facts: more for training.json.
+        labels: name of a grouping -> the label of each window; measurements are also given by group.
 
     Returns:
         The stage's summary.
+
+    Raises:
+        StageError: training diverged, or its weights are not finite; nothing is written.
     """
     settings = settings_for(request, rows)
     _say(run, rows, request, settings)
     coder = build(request.cls, _config(request, settings), request.seed)
+    coder.frozen_decoder = request.frozen_decoder
     check_contract(coder)
-    trainer = Trainer(coder, rows, settings, Checkpoints(folder / CHECKPOINTS), run, device)
+    curve = Curve(folder / "metrics.jsonl")
+    trainer = Trainer(coder, rows, settings, Checkpoints(folder / CHECKPOINTS), run, device, curve)
     if trainer.resumed_at:
         run.notice(f"train: resumed at step {trainer.resumed_at:,} of {settings.steps:,}")
     rate = trainer.fit()
+    rows.release()
     held_out = rows.held_out()
     if held_out.shape[0]:
         coder.calibrate(held_out.to(device) * trainer.scale)
-    save(folder, coder, trainer.scale, origin)
-    sae = load(folder, registry, device=device)
-    measured = evaluate(sae, held_out, device=device)
-    nothing = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_loss_recovered"))
-    measured |= cross_entropy(ce, sae) if ce else nothing
+    save(folder, coder, trainer.scale, origin, target_scale=trainer.target_scale)
+    _check_finite(folder)
+    measured = _measure(folder, rows, held_out, labels or {}, ce, registry, device)
     dead = float(trainer.dead.float().mean())
     measured |= {"dead_fraction": dead, "dead_window": settings.dead_window}
     _warn(run, dead, measured)
-    write_json(folder / "evaluation.json", measured)
+    write_evaluation(folder, measured)
     write_json(folder / "training.json", _record(trainer, rows, origin, facts or {}))
-    write_table(folder / "metrics.parquet", _columns(trainer.log))
+    write_table(folder / "metrics.parquet", columns(trainer.log))
     return {
         "arch": coder.name,
         "d_sae": coder.config.d_sae,
@@ -136,11 +146,43 @@ def produce(
     }
 
 
+def _measure(
+    folder: Path,
+    rows: Rows,
+    held_out: Tensor,
+    labels: Mapping[str, Sequence[str]],
+    ce: Callable[[Edit | None], float] | None,
+    registry: Registry | None,
+    device: str | torch.device,
+) -> dict[str, Any]:
+    """The saved folder, opened again and measured on held-out rows."""
+    sae = load(folder, registry, device=device)
+    target = rows.held_out_target()
+    windows: list[int] = rows.held_out_windows().tolist()
+    groups = {grouping: [of[window] for window in windows] for grouping, of in labels.items()}
+    measured = evaluate(sae, held_out, target=target, groups=groups, device=device)
+    wanted = held_out if target is None else target
+    if ce is None:
+        return measured | dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_loss_recovered"))
+    return measured | cross_entropy(ce, sae, mean=wanted.mean(dim=0) if wanted.shape[0] else None)
+
+
+def _check_finite(folder: Path) -> None:
+    """No folder is sealed whose weights are not finite."""
+    bad = [name for name, value in load_file(folder / WEIGHTS).items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise StageError(
+            "training ended with weights that are not finite",
+            why=f"NaN or infinity in {', '.join(bad)}",
+            fix="train again from the start with a lower --lr and --force",
+            code="diverged",
+        )
+
+
 def _config(request: Request, settings: Settings) -> CoderConfig:
     """The architecture's config; a penalty's warm-up is a share of the run."""
     options: dict[str, Any] = dict(request.options)
-    if options.get("l1_warmup_steps") == 0:
-        options["l1_warmup_steps"] = settings.steps // 20
+    options |= {name: settings.steps // 20 for name in _WARMUP_FIELDS if options.get(name) == 0}
     try:
         return request.cls.Config(**options)
     except (TypeError, ValueError) as error:
@@ -151,14 +193,14 @@ def _config(request: Request, settings: Settings) -> CoderConfig:
         ) from error
 
 
-def _say(run: Run, rows: ActivationRows, request: Request, settings: Settings) -> None:
+def _say(run: Run, rows: Rows, request: Request, settings: Settings) -> None:
     counts = rows.counts
     run.notice(
         f"train: {counts.train:,} rows; {counts.held_out:,} held out, {counts.special:,} special and "
         f"{counts.outliers:,} outlying rows left out; gamma {rows.gamma:.2f}"
     )
-    if request.batch_size is None and settings.batch_size < _BATCH:
-        run.notice(f"train: the data is small, so a batch has {settings.batch_size} rows instead of {_BATCH}")
+    if request.batch_size is None and settings.batch_size < LARGEST_BATCH:
+        run.notice(f"train: the data is small, so a batch has {settings.batch_size} rows instead of {LARGEST_BATCH}")
     reads = settings.steps * min(settings.batch_size, counts.train) / counts.train
     if reads > 1.05:
         run.notice(f"train: each row is read {reads:.1f} times; judge by the held-out numbers, not by the curve")
@@ -171,13 +213,17 @@ def _warn(run: Run, dead: float, measured: Mapping[str, object]) -> None:
         run.notice("train: all latents are dead; use a lower --lr, or a smaller --l1-coefficient")
     elif dead > 0.5:
         run.notice(f"train: {dead:.0%} of the latents are dead; use fewer latents (--expansion) or more text")
+    explained = measured["explained_variance"]
+    if isinstance(explained, float) and explained < 0:
+        run.notice("train: the SAE explains less than the mean does; try a lower --lr or more steps")
 
 
-def _record(trainer: Trainer, rows: ActivationRows, origin: Origin, facts: Mapping[str, object]) -> dict[str, object]:
+def _record(trainer: Trainer, rows: Rows, origin: Origin, facts: Mapping[str, object]) -> dict[str, object]:
     """training.json: how the SAE was made. Equal runs write equal bytes, so no time or rate is in it."""
     coder = trainer.coder
     threshold = getattr(coder, "threshold", None)
     scalar = float(threshold) if isinstance(threshold, Tensor) and threshold.numel() == 1 else None
+    paired = origin.target_hook_point is not None
     settings = asdict(trainer.settings)
     settings.pop("checkpoint_every")
     return {
@@ -187,6 +233,7 @@ def _record(trainer: Trainer, rows: ActivationRows, origin: Origin, facts: Mappi
         "hook_point": origin.hook_point,
         "model": origin.model_name,
         "scale": trainer.scale,
+        **({"target_hook_point": origin.target_hook_point, "target_scale": trainer.target_scale} if paired else {}),
         "threshold": None if scalar is None else scalar / trainer.scale,
         "rows": asdict(rows.counts),
         "median_norm": rows.median_norm,
@@ -194,11 +241,6 @@ def _record(trainer: Trainer, rows: ActivationRows, origin: Origin, facts: Mappi
         "tokens": trainer.tokens,
         "epochs": trainer.tokens / rows.counts.train,
         "counts": dict(coder.counts),
+        **rows.state(),
         **facts,
     }
-
-
-def _columns(log: list[dict[str, float]]) -> dict[str, list]:
-    """The curve by columns, in an order that does not depend on which part of it came from a checkpoint."""
-    names = ["step", "tokens", *sorted({name for row in log for name in row} - {"step", "tokens"})]
-    return {name: [row.get(name) for row in log] for name in names}

@@ -8,7 +8,7 @@ n_i is the norm of decoder row i, which is then free (Anthropic, "Circuits Updat
 unit rows (Bricken et al. 2023, "Towards Monosemanticity"). lambda grows linearly from 0 over the first steps,
 since a full penalty at the start kills latents before they have found anything. Inputs have norm sqrt(d_in)
 on average, so both terms are relative to the input and one lambda serves every width (the papers' unscaled
-form has lambda sqrt(d_in) instead).
+form has lambda sqrt(d_in) instead). With `k`, lambda is steered so that L0 comes out as k (see `steering`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .coder import Coder, CoderConfig, Inference
+from .steering import Steering, even_steps
 
 __all__ = ["Relu", "ReluConfig"]
 
@@ -30,7 +31,8 @@ _UNIT, _FREE = 1.0, 0.1  # row norms at the start
 class ReluConfig(CoderConfig):
     """Settings of `relu`."""
 
-    l1_coefficient: float = Field(0.2, ge=0, description="weight of the L1 penalty, relative to the input's norm")
+    k: int | None = Field(None, ge=1, description="wanted L0: the L1 weight is steered to it; none: it stays")
+    l1_coefficient: float = Field(0.1, ge=0, description="weight of the L1 penalty, relative to the input's norm")
     l1_warmup_steps: int = Field(0, ge=0, description="steps over which the L1 weight grows to its value")
     decoder_norm_weighted: bool = Field(
         True, description="weight each latent by its decoder norm and leave the norms free; else unit norms"
@@ -48,6 +50,7 @@ class Relu(Coder):
         self.unit_decoder = not config.decoder_norm_weighted
         self.decoder_init_norm = _UNIT if self.unit_decoder else _FREE
         super().__init__(config)
+        self.steering = Steering(config.k, config.l1_warmup_steps)
 
     def encode(self, x: Tensor) -> Tensor:
         """relu of the pre-activations, [n, d_sae]."""
@@ -56,6 +59,7 @@ class Relu(Coder):
     def losses(self, x: Tensor, *, dead: Tensor, step: int) -> Mapping[str, Tensor]:
         """`mse` and `l1`."""
         latents = self.encode(x)
+        self.steering.note(latents, first=self._fired is None)
         self.note_fired(latents)
         mse = (x - self.decode(latents)).square().mean()
         norms = self.W_dec.norm(dim=1) if self.config.decoder_norm_weighted else None
@@ -63,21 +67,30 @@ class Relu(Coder):
         l1 = self.l1_weight(step) * penalty.sum(dim=1).mean() / self.config.d_in**0.5
         return {"mse": mse, "l1": l1}
 
-    def l1_weight(self, step: int) -> float:
-        """lambda at a step (counted from 0)."""
+    def l1_weight(self, step: int) -> Tensor:
+        """lambda at a step (counted from 0), a scalar."""
         warm = self.config.l1_warmup_steps
-        return self.config.l1_coefficient * (min(1.0, (step + 1) / warm) if warm else 1.0)
+        grown = self.config.l1_coefficient * (min(1.0, (step + 1) / warm) if warm else 1.0)
+        return (grown * self.steering.factor).to(self.W_dec.dtype)
+
+    def project_gradients(self) -> None:
+        """As everywhere; and every step weighs alike in Adam's memory (see `even_steps`)."""
+        super().project_gradients()
+        even_steps(self, self.config.d_in)
+
+    def after_step(self) -> None:
+        """Unit rows, where they are; and the L1 weight moves towards the wanted L0."""
+        super().after_step()
+        self.steering.step()
 
     def fold(self, scale: float) -> None:
         """Raw inputs, and unit decoder rows: each latent's activation takes up its row's norm."""
         super().fold(scale)
         with torch.no_grad():
             norms = self.W_dec.norm(dim=1)
-            live = norms > 0
-            divisor, factor = torch.where(live, norms, 1.0), norms
-            self.W_dec /= divisor[:, None]
-            self.W_enc *= factor
-            self.b_enc *= factor
+            self.W_dec /= torch.where(norms > 0, norms, 1.0)[:, None]
+            self.W_enc *= norms
+            self.b_enc *= norms
 
     def inference_state(self) -> Inference:
         """SAELens `standard`."""

@@ -1,49 +1,50 @@
-"""Stage `train`: stored activations become a sparse autoencoder.
+"""Stage `train`: activations become a sparse autoencoder.
 
     greatctl train --arch batchtopk --expansion 8 --k 32
 
-Reads the newest activations, holds out the documents whose split is not `train`, and writes
-results/saes/<name>: a folder in SAELens layout with the training curve (metrics.parquet), the measurements on
-held-out rows (evaluation.json) and how it was made (training.json). A killed run goes on at its last
-checkpoint and ends with the same bytes.
+Reads the newest activations (with `--stream` the newest tokens through the model, storing nothing), holds out the
+documents whose split is not `train`, and writes results/saes/<name>: a folder in SAELens layout with the training
+curve (metrics.parquet, metrics.jsonl), the measurements on held-out rows (evaluation.json) and how it was made
+(training.json). A killed run goes on at its last checkpoint and ends with the same bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field
 
-from ..errors import InputError, IntegrityError, ManifestError, UsageError, did_you_mean
-from ..store.artifact import Artifact, Identity, current, difference, load, sealed_under, touch, work
+from ..errors import InputError, IntegrityError, UsageError
+from ..settings import Origins
+from ..store.artifact import Artifact, Identity, current, difference, load, touch, work
 from ..store.files import write_json
 from .context import Context, Plan, Result, StageConfig
+from .sae_options import ARCH_FLAGS, architecture_options, one_of, pairs
+from .sae_rows import Inputs, held_out, open_rows, stored, streamed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..corpus.windows import TokenStore
+    from ..sae.produce import Request
+    from ..store.shards import ShardReader
 
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "train"
 _LENGTHS = ("steps", "tokens", "epochs")
 _EPOCHS, _EXPANSION = 4, 8
-_WIDE = 1024  # from this d_model on, 64 active latents instead of 32
-_HELD_OUT_SHARE = 0.05
-_ARCH_OPTIONS = ("k", "l1_coefficient", "decoder_norm_weighted", "aux_coefficient")
-_RANK = {"flag": 3, "env": 2, "sources.toml": 1}
+_PASSING = ("resume", "controls", "tensorboard", "export")
 
 
 class Config(StageConfig):
     """Settings of `greatctl train`. None: as follows from the data, or the architecture's default."""
 
-    arch: str = Field("batchtopk", description="architecture: relu, topk, batchtopk, or a plugin's")
+    arch: str = Field("batchtopk", description="architecture: a built-in one, or a plugin's")
     expansion: int | None = Field(None, ge=1, le=1024, description="latents per input dimension (8)")
     d_sae: int | None = Field(None, ge=1, description="number of latents, instead of --expansion")
     k: int | None = Field(None, ge=1, description="active latents a token (32; 64 from d_model 1024 on)")
@@ -55,18 +56,31 @@ class Config(StageConfig):
     )
     batch_size: int | None = Field(None, ge=1, description="rows a step (4096, less where the data is small)")
     hook_point: str | None = Field(None, description="site of the activations (the newest)")
+    target_hook_point: str | None = Field(None, description="site that a transcoder writes")
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name (ARCH-DSAE-kK-HOOK)"
     )
-    l1_coefficient: float | None = Field(None, ge=0, description="weight of the L1 penalty (relu)")
+    l1_coefficient: float | None = Field(None, ge=0, description="weight of the L1 penalty (relu, gated)")
     decoder_norm_weighted: bool | None = Field(
         None, description="weight the L1 penalty by decoder norms, which are then free (relu)"
     )
     aux_coefficient: float | None = Field(
-        None, ge=0, description="weight of the dead-latent loss AuxK (topk, batchtopk)"
+        None, ge=0, description="weight of the dead-latent loss AuxK (topk, batchtopk and their kin)"
+    )
+    option: Annotated[dict[str, Any], BeforeValidator(pairs)] = Field(
+        {}, description="further settings of the architecture, KEY=VALUE"
+    )
+    stream: bool = Field(False, description="harvest while training, and store no activations")
+    model: str | None = Field(None, description="model to stream from (the one the tokens were made for)")
+    buffer_rows: int | None = Field(
+        None, ge=1, description="rows that --stream holds and mixes (2^19, at most 4 GiB of activations)"
     )
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     ce_windows: int = Field(64, ge=0, description="held-out windows for the language model's loss; 0 = do not measure")
+    controls: bool = Field(
+        False, description="also train the companions: frozen decoder, random model, two other seeds"
+    )
+    tensorboard: bool = Field(False, description="also write TensorBoard files, to results/logs/tensorboard")
     resume: bool = Field(
         False, description="go on with a stopped run (done anyway; refuses if its inputs changed since)"
     )
@@ -78,8 +92,7 @@ class Config(StageConfig):
 class _Job:
     """What `plan` found out and `run` needs."""
 
-    activations: Artifact
-    meta: Mapping[str, Any]
+    inputs: Inputs
     cls: type
     options: dict[str, object]
     length: tuple[str, int]
@@ -112,28 +125,33 @@ def run(ctx: Context, config: Config) -> Result:
     if artifact and not ctx.force:
         touch(artifact)
         ctx.run.notice("train: up to date")
-        return Result(STAGE, artifact.path, artifact.summary, up_to_date=True)
+        return Result(STAGE, artifact.path, _with_controls(ctx, config, job, artifact), up_to_date=True)
     if not ctx.force:
         _refuse_another(ctx, final, identity, resume=config.resume)
     ctx.run.notice(f"train: {reason or 'forced'}")
     artifact = _train(ctx, config, job, final, identity)
+    summary = _with_controls(ctx, config, job, artifact)
     if config.export:
-        return _exported(ctx, artifact, config.export)
-    return Result(STAGE, artifact.path, artifact.summary)
+        summary |= _exported(ctx, artifact, config.export).summary
+    return Result(STAGE, artifact.path, summary)
 
 
 def _prepare(ctx: Context, config: Config) -> _Job:
-    length = _one_of(ctx, config, _LENGTHS, ("epochs", _EPOCHS))
-    size = _one_of(ctx, config, ("d_sae", "expansion"), ("expansion", _EXPANSION))
-    activations = _choose(ctx, config.hook_point).check()
-    meta = json.loads((activations.path / "meta.json").read_bytes())
+    length = one_of(ctx, config, _LENGTHS, ("epochs", _EPOCHS))
+    size = one_of(ctx, config, ("d_sae", "expansion"), ("expansion", _EXPANSION))
+    cls = ctx.plugins.registry.get("architectures", config.arch)
+    inputs = _inputs(ctx, config, reads_target=bool(cls.reads_target))
+    meta = inputs.meta
     d_in = int(meta["d_model"])
     d_sae = size[1] if size[0] == "d_sae" else size[1] * d_in
-    cls = ctx.plugins.registry.get("architectures", config.arch)
-    options = _options(ctx, config, cls, d_in, d_sae)
-    tokens = _tokens(ctx, meta)
-    k = f"-k{options['k']}" if "k" in options else ""
+    sizes = {"d_in": d_in, "d_sae": d_sae}
+    if inputs.target_meta is not None:
+        sizes["d_out"] = int(inputs.target_meta["d_model"])
+    flags = {name: getattr(config, name) for name in ARCH_FLAGS}
+    options = architecture_options(ctx, config.arch, cls.Config, flags, config.option, sizes)
+    k = f"-k{options['k']}" if options.get("k") else ""
     name = config.name or f"{config.arch}-{d_sae}{k}-{meta['hook_point']}"
+    target = {"target_hook_point": config.target_hook_point} if inputs.target_meta else {}
     identity = Identity(
         STAGE,
         {
@@ -143,107 +161,58 @@ def _prepare(ctx: Context, config: Config) -> _Job:
             "lr": config.lr,
             "batch_size": config.batch_size,
             "hook_point": meta["hook_point"],
+            **target,
+            **inputs.identity,
             "ce_windows": config.ce_windows,
             "seed": config.seed,
         },
-        inputs={"activations": activations.fingerprint, "tokens": tokens.fingerprint},
+        inputs=inputs.fingerprints,
         plugins=ctx.plugins.digests({"architectures": [config.arch]}),
         model_revision=meta["model_revision"],
     )
-    parameters = 2 * d_in * d_sae + d_in + d_sae
-    facts = {
+    return _Job(
+        inputs,
+        cls,
+        options,
+        length,
+        name,
+        Plan(STAGE, ctx.project.saes / name, identity, _facts(config, inputs, sizes, length)),
+    )
+
+
+def _inputs(ctx: Context, config: Config, *, reads_target: bool) -> Inputs:
+    """Shards or tokens, and a second site exactly where the architecture writes one."""
+    if reads_target and config.target_hook_point is None:
+        raise UsageError(
+            f"{config.arch} needs --target-hook-point",
+            why="it reads one hook point and writes another",
+            fix="for an MLP: --hook-point blocks.4.hook_resid_mid --target-hook-point blocks.4.hook_mlp_out",
+        )
+    if config.target_hook_point is not None and not reads_target:
+        raise UsageError(
+            f"{config.arch} has no --target-hook-point",
+            why="it writes what it reads",
+            fix="leave it out, or choose --arch transcoder",
+        )
+    if config.stream:
+        return streamed(ctx, config.model, config.hook_point, config.target_hook_point, config.buffer_rows)
+    return stored(ctx, config.hook_point, config.target_hook_point)
+
+
+def _facts(config: Config, inputs: Inputs, sizes: Mapping[str, int], length: tuple[str, int]) -> dict[str, object]:
+    d_in, d_sae = sizes["d_in"], sizes["d_sae"]
+    d_out = sizes.get("d_out", d_in)
+    parameters = d_sae * (d_in + d_out + 1) + d_out
+    return {
         "arch": config.arch,
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "hook_point": meta["hook_point"],
-        "rows": int(meta["rows"]),
+        **sizes,
+        "hook_point": inputs.meta["hook_point"],
+        "rows": int(inputs.meta["rows"]),
         length[0]: length[1],
         "weight_bytes": 4 * parameters,
         "training_bytes": 16 * parameters,
+        **({"stream": True} if config.stream else {}),
     }
-    return _Job(activations, meta, cls, options, length, name, Plan(STAGE, ctx.project.saes / name, identity, facts))
-
-
-def _one_of(ctx: Context, config: Config, names: Sequence[str], default: tuple[str, int]) -> tuple[str, int]:
-    """The one setting of `names` that counts: of the nearest origin (flag > environment > sources.toml).
-
-    Raises:
-        UsageError: two of them come from the same place.
-    """
-    given = [(name, getattr(config, name)) for name in names if getattr(config, name) is not None]
-    ranks = [_RANK.get(ctx.origins.get(name, "default").split()[0], 0) for name, _ in given]
-    nearest = [pair for pair, rank in zip(given, ranks, strict=True) if rank == max(ranks)]
-    if len(nearest) > 1:
-        flags = " and ".join("--" + name.replace("_", "-") for name, _ in nearest)
-        raise UsageError(f"{flags} exclude each other", why="each of them sets the same thing", fix="give one of them")
-    return nearest[0] if nearest else default
-
-
-def _options(ctx: Context, config: Config, cls: type, d_in: int, d_sae: int) -> dict[str, object]:
-    """d_in, d_sae and the architecture's own settings, checked against its schema, defaults filled in."""
-    schema = cls.Config  # type: ignore[attr-defined]
-    known = set(schema.model_fields)
-    for name in sorted(set(_ARCH_OPTIONS) - known):
-        if getattr(config, name) is not None and ctx.origins.get(name, "").startswith("flag"):
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{config.arch} has no {flag}",
-                why=f"its settings are {', '.join(sorted(known - {'d_in', 'd_sae'})) or 'none'}",
-                fix=f"leave {flag} out, or choose another --arch",
-            )
-    given = {name: getattr(config, name) for name in _ARCH_OPTIONS if name in known}
-    values = {name: value for name, value in given.items() if value is not None}
-    if "k" in known and "k" not in values:
-        values["k"] = 64 if d_in >= _WIDE else 32
-    try:
-        checked = schema(d_in=d_in, d_sae=d_sae, **values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = str(first["loc"][0]) if first["loc"] else "k" if "k" in known else "settings"
-        raise ManifestError(
-            f"{config.arch}: {first['msg'].removeprefix('Value error, ')}",
-            why=f"{what} comes from: {ctx.origins.get(what, 'default')}",
-            fix="change --k, --d-sae or --expansion" if what == "k" else f"change --{what.replace('_', '-')}",
-            code="out-of-range",
-        ) from None
-    return checked.model_dump(mode="json")
-
-
-def _choose(ctx: Context, hook_point: str | None) -> Artifact:
-    """The newest activations artifact, of that hook point where one is named."""
-    found = sealed_under(ctx.project.activations, "harvest")
-    if not found:
-        raise InputError(
-            "there are no activations yet",
-            why=f"{ctx.project.activations} holds no finished harvest",
-            fix="run `greatctl harvest` first",
-        )
-    if hook_point is None:
-        return found[-1]
-    matching = [a for a in found if a.path.name == hook_point]
-    if not matching:
-        raise InputError(
-            f"there are no activations of {hook_point}",
-            why="harvested: " + ", ".join(sorted({a.path.name for a in found})),
-            fix=f"run `greatctl harvest --hook-point {hook_point}`; "
-            + did_you_mean(hook_point, {a.path.name for a in found}),
-        )
-    return matching[-1]
-
-
-def _tokens(ctx: Context, meta: Mapping[str, Any]) -> Artifact:
-    """The tokens that the activations were harvested from, unchanged since."""
-    folder = ctx.project.tokens / str(meta["tokens_name"])
-    artifact = load(folder) if folder.is_dir() else None
-    if artifact is None or artifact.fingerprint != meta["tokens"]:
-        raise InputError(
-            "the activations are out of date",
-            why=f"they were harvested from {meta['tokens_name']}, which "
-            + ("is gone" if artifact is None else "was made again since"),
-            fix="run `greatctl harvest` again",
-            where=str(folder),
-        )
-    return artifact.check()
 
 
 def _finished(final: Path) -> Artifact | None:
@@ -292,66 +261,94 @@ def _stopped_identity(final: Path) -> dict | None:
         return None
 
 
-def _train(ctx: Context, config: Config, job: _Job, final: Path, identity: Identity) -> Artifact:
-    from ..corpus.windows import TokenStore
-    from ..sae.data import ActivationRows
-    from ..sae.folder import Origin
-    from ..sae.produce import CHECKPOINTS, Request, produce
-    from ..store.shards import ShardReader
-    from .models import pick_device
-    from .splice import spliced_loss
+def _request(config: Config, job: _Job) -> Request:
+    from ..sae.produce import Request
 
-    started, meta = time.monotonic(), job.meta
-    device = pick_device(ctx.device)
-    store = TokenStore(ctx.project.tokens / str(meta["tokens_name"]))
-    held_out = _held_out(ctx, store)
-    with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
+    return Request(job.cls, job.options, job.length, config.lr, config.batch_size, config.checkpoint_every, config.seed)
+
+
+def _train(ctx: Context, config: Config, job: _Job, final: Path, identity: Identity) -> Artifact:
+    from ..sae.produce import CHECKPOINTS
+    from .curves import tensorboard
+
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        if config.tensorboard:  # first: a missing package leaves no work folder behind
+            logs = ctx.project.results / "logs" / "tensorboard" / job.name
+            ctx = dataclasses.replace(ctx, run=stack.enter_context(tensorboard(ctx.run, logs)))
+        w = stack.enter_context(work(final, identity, origins=_lasting(ctx.origins), fresh=ctx.force))
         write_json(w.path / CHECKPOINTS / "identity.json", identity.record())
-        rows = ActivationRows(ShardReader(job.activations.path), meta["special_ids"], held_out)
-        request = Request(
-            job.cls,
-            job.options,
-            job.length,
-            config.lr,
-            config.batch_size,
-            config.checkpoint_every,
-            config.seed,
-        )
-        summary = produce(
-            w.path,
+        summary = _Maker(ctx, config, job)(w.path, _request(config, job))
+        seconds = round(time.monotonic() - started, 3)
+        return w.seal({"name": job.name, **summary}, discard=(CHECKPOINTS,), seconds=seconds)
+
+
+def _lasting(origins: Mapping[str, str]) -> Mapping[str, str]:
+    """Without the settings that say how this once is run: a resumed run's record is that of a straight one."""
+    kept = {name: origin for name, origin in origins.items() if name not in _PASSING}
+    return Origins(kept, origins.given) if isinstance(origins, Origins) else kept
+
+
+class _Maker:
+    """Trains and measures an SAE in a folder: the one that was asked for, and its companions (`stages.controls`)."""
+
+    def __init__(self, ctx: Context, config: Config, job: _Job) -> None:
+        from ..corpus.windows import TokenStore
+
+        self.ctx, self.config, self.job = ctx, config, job
+        self.store = TokenStore(job.inputs.tokens.path)
+        self.aside = held_out(ctx, self.store)
+
+    def __call__(
+        self, folder: Path, request: Request, other: ShardReader | tuple[ShardReader, ShardReader] | None = None
+    ) -> dict[str, object]:
+        """Train with `request` in `folder`; `other` shards (with their targets) take the place of the SAE's own rows,
+        and the language model's loss is then left out. Returns the summary.
+        """
+        from ..sae.data import ActivationRows
+        from ..sae.folder import Origin
+        from ..sae.produce import produce
+        from .models import pick_device
+        from .splice import spliced_loss, window_labels
+
+        ctx, inputs, meta, target = self.ctx, self.job.inputs, self.job.inputs.meta, self.config.target_hook_point
+        device = pick_device(ctx.device)
+        if other is None:
+            rows = open_rows(ctx, inputs, self.store, self.aside, buffer_rows=self.config.buffer_rows)
+            windows = self.config.ce_windows
+            ce = spliced_loss(ctx, meta, self.store, self.aside, windows, target_hook_point=target)
+        else:
+            reader, paired = other if isinstance(other, tuple) else (other, None)
+            rows, ce = ActivationRows(reader, meta["special_ids"], self.aside, target=paired), None
+        return produce(
+            folder,
             rows,
             request,
-            Origin(meta["model"], meta["hook_point"], store.window),
+            Origin(meta["model"], meta["hook_point"], self.store.window, target_hook_point=target),
             ctx.run,
             registry=ctx.plugins.registry,
-            ce=spliced_loss(ctx, meta, store, held_out, config.ce_windows),
+            ce=ce,
             facts={
                 "layer": meta["layer"],
                 "model_revision": meta["model_revision"],
                 "tokens_fingerprint": meta["tokens"],
                 "tokens_name": meta["tokens_name"],
-                "held_out_windows": int(held_out.sum()),
+                "held_out_windows": int(self.aside.sum()),
             },
             device=device,
+            labels=window_labels(self.store),
         )
-        seconds = round(time.monotonic() - started, 3)
-        return w.seal({"name": job.name, **summary}, discard=(CHECKPOINTS,), seconds=seconds)
 
 
-def _held_out(ctx: Context, store: TokenStore) -> Tensor:
-    """[n_windows] bool: windows of documents whose split is not `train`; where that leaves nothing to train
-    on or nothing
-    to measure on, the last 5 % of the windows."""
-    import torch
+def _with_controls(ctx: Context, config: Config, job: _Job, sae: Artifact) -> dict[str, object]:
+    """The SAE's summary, with its companions' where they were asked for."""
+    if not config.controls:
+        return dict(sae.summary)
+    from .controls import Trained, train_controls
 
-    aside = torch.tensor([document["split"] != "train" for document in store.documents], dtype=torch.bool)
-    found = aside[torch.tensor(store.windows["document"], dtype=torch.int64)]
-    if bool(found.any()) and not bool(found.all()):
-        return found
-    n = found.numel()
-    last = max(1, round(_HELD_OUT_SHARE * n)) if n > 1 else 0
-    ctx.run.notice(f"train: no usable split in the manifest, so the last {last} of {n} windows are held out")
-    return torch.arange(n) >= n - last
+    make = _Maker(ctx, config, job)
+    trained = Trained(sae, job.inputs.meta, make.store, _request(config, job), make, job.inputs.target_meta)
+    return {**sae.summary, "controls": train_controls(ctx, config, trained)}
 
 
 def _exported(ctx: Context, artifact: Artifact, form: str) -> Result:

@@ -27,14 +27,18 @@ def register(app: typer.Typer) -> None:
         seed: _SEED = None,  # type: ignore[valid-type]
         device: _DEVICE = None,  # type: ignore[valid-type]
     ) -> None:
-        """Run the stages in order with the manifest's settings; what is up to date is skipped with a word."""
+        """Run the stages in order with the manifest's settings; what is up to date is skipped with a word.
+
+        `train` also trains the companions (--controls), unless [train] says controls = false.
+        """
         from ..chain import run_chain
         from ..output import document, print_document, print_result
         from ..views.chain import render_chain
 
         common = Common(as_json=as_json, quiet=quiet, force=force, seed=seed, device=device)
         flags = {"fetch": {"mirror": mirror}} if mirror else {}
-        results = run_chain(ctx.obj or Root(), start, end, flags, common)
+        implied = {"train": {"controls": True}}
+        results = run_chain(ctx.obj or Root(), start, end, flags, common, implied=implied)
         code = max((r.exit_code for r in results), default=0)
         if as_json:
             summary = {"stages": {r.stage: dict(r.summary) for r in results}}

@@ -11,8 +11,8 @@ from ..options import stage_command
 
 EXAMPLES = (
     "greatctl train",
-    "greatctl train --arch topk --k 32 --expansion 16",
     "greatctl train --arch relu --l1-coefficient 3 --name seed-recipe",
+    "greatctl train --stream --arch matryoshka --option aux_coefficient=0.05",
     "greatctl train --name seed-recipe --arch relu --l1-coefficient 3 --export pth",
 )
 
@@ -23,12 +23,17 @@ def register(app: typer.Typer) -> None:
     @stage_command(app, "train", EXAMPLES)
     def train(
         arch: Annotated[
-            str | None, Option(metavar="NAME", help="batchtopk (default), topk, relu, or a plugin's.")
+            str | None,
+            Option(
+                metavar="NAME",
+                help="batchtopk (default), topk, matryoshka, jumprelu, gated, relu, transcoder, skip-transcoder, "
+                "or a plugin's.",
+            ),
         ] = None,
         expansion: Annotated[int | None, Option(help="d_sae as a multiple of d_model (default 8).")] = None,
         d_sae: Annotated[int | None, Option(help="Number of latents, instead of --expansion.")] = None,
         k: Annotated[int | None, Option(help="Active latents a token (topk, batchtopk).")] = None,
-        l1_coefficient: Annotated[float | None, Option(help="Weight of the L1 penalty (relu).")] = None,
+        l1_coefficient: Annotated[float | None, Option(help="Weight of the L1 penalty (relu, gated).")] = None,
         steps: Annotated[int | None, Option(help="Length of the run in steps.")] = None,
         tokens: Annotated[int | None, Option(help="Length of the run in tokens.")] = None,
         epochs: Annotated[int | None, Option(help="Length of the run in passes over the data (default 4).")] = None,
@@ -37,6 +42,26 @@ def register(app: typer.Typer) -> None:
         hook_point: Annotated[
             str | None, Option(metavar="NAME", help="Which activations (default: the newest).")
         ] = None,
+        target_hook_point: Annotated[
+            str | None, Option(metavar="NAME", help="What a transcoder writes; harvest both sites in one command.")
+        ] = None,
+        stream: Annotated[bool, Option("--stream", help="Harvest while training; store no activations.")] = False,
+        model: Annotated[
+            str | None, Option(metavar="NAME_OR_DIR", help="With --stream: the model (default: the tokens').")
+        ] = None,
+        buffer_rows: Annotated[
+            int | None, Option(help="With --stream: rows held and mixed (default 2^19, at most 4 GiB).")
+        ] = None,
+        option: Annotated[
+            list[str] | None,
+            Option(metavar="KEY=VALUE", help="Any other setting of the architecture (repeatable)."),
+        ] = None,
+        controls: Annotated[
+            bool, Option("--controls", help="Also train a frozen decoder, a random model and two other seeds.")
+        ] = False,
+        tensorboard: Annotated[
+            bool, Option("--tensorboard", help="Also write TensorBoard files to results/logs/tensorboard.")
+        ] = False,
         ce_windows: Annotated[
             int | None, Option(help="Held-out windows for the model's own loss; 0: do not measure.")
         ] = None,
