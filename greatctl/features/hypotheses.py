@@ -23,13 +23,12 @@ from .judgement import Judgement, weigh
 from .tables import FeatureTables
 from .units import gather
 
-__all__ = ["BASELINES", "Hypotheses", "weigh_latents", "write_hypotheses"]
+__all__ = ["BASELINES", "COMPANIONS", "Hypotheses", "weigh_latents", "write_hypotheses"]
 
+COMPANIONS = ("SAE with a frozen decoder", "SAE on a random model", "SAEs of other seeds")  # of `train --controls`
 # what a claim must be printed next to; a claim that misses one says so
 BASELINES = (
-    "SAE with a frozen decoder",
-    "SAE on a random model",
-    "SAEs of other seeds",
+    *COMPANIONS,
     "difference of means",
     "logistic probe",
     "neurons and principal components",
@@ -82,7 +81,9 @@ def _strongest(means: NDArray[np.float64], role: NDArray[np.bool_], n: int) -> l
     return np.argsort(-size, kind="stable")[:n].tolist()
 
 
-def write_hypotheses(folder: Path, concept: str, unit: str, found: Hypotheses) -> list[dict[str, object]]:
+def write_hypotheses(
+    folder: Path, concept: str, unit: str, found: Hypotheses, *, missing: Sequence[str] = BASELINES
+) -> list[dict[str, object]]:
     """Write contrasts.parquet (all rows) and hypotheses.parquet (the candidates'); returns the latter.
 
     Supported ones come first, then by size of effect. `missing` names the baselines that were not computed.
@@ -97,7 +98,7 @@ def write_hypotheses(folder: Path, concept: str, unit: str, found: Hypotheses) -
     table = [{**shared, **row} for row in judged.rows]
     write_table(folder / "contrasts.parquet", pa.Table.from_pylist(table, schema=_CONTRASTS))
     rows = _shown_order([row for row in table if row["latent"] in set(found.candidates)])
-    full = [{**row, "missing": list(BASELINES)} for row in rows]
+    full = [{**row, "missing": list(missing)} for row in rows]
     schema = _CONTRASTS.append(pa.field("missing", pa.list_(pa.string())))
     write_table(folder / "hypotheses.parquet", pa.Table.from_pylist(full, schema=schema))
     return rows

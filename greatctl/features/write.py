@@ -1,7 +1,7 @@
 """The feature tables on disk: what `interpret` seals and the report reads (and see `hypotheses`).
 
 latents.parquet     one row a latent: density, strength, histogram, top tokens, top and bottom logits
-examples.parquet    its strongest passages, one a window, with work, author and the heat of each token
+examples.parquet    its strongest passages, one a window, with work, author, characters and the heat of each token
 units.parquet       latent x unit (author or subject): mean activation and share of tokens that fire
 contrasts.parquet   characters against controls, with the unit as the unit, for every latent that fires
 hypotheses.parquet  the candidates, chosen on training units alone, with verdict and reason
@@ -31,9 +31,13 @@ _BLOCK = 1024  # latents whose examples are turned into text at once
 
 @dataclass(frozen=True)
 class Corpus:
-    """The windows that were read: input_ids [n_windows, window], length [n_windows], their documents."""
+    """The windows that were read: input_ids and token_end [n_windows, window], length [n_windows], their documents.
+
+    `token_end` is the character of the document's clean text at which a token ends.
+    """
 
     input_ids: Tensor
+    token_end: Tensor
     length: Tensor
     documents: Sequence[Mapping[str, object]]
     document_of_window: Sequence[int]
@@ -41,6 +45,10 @@ class Corpus:
     def ids(self, window: int) -> list[int]:
         """A window's token ids without padding."""
         return self.input_ids[window, : int(self.length[window])].tolist()
+
+    def characters(self, window: int, first: int, n: int) -> tuple[int, int]:
+        """The characters (from, to) of the clean text that `n` tokens from position `first` on cover."""
+        return int(self.token_end[window, max(first - 1, 0)]), int(self.token_end[window, first + n - 1])
 
 
 def write_tables(
@@ -108,6 +116,8 @@ _EXAMPLES = pa.schema(
         ("unit", pa.string()),
         ("role", pa.string()),
         ("year", pa.int32()),
+        ("char_start", pa.int64()),
+        ("char_end", pa.int64()),
         ("before", pa.string()),
         ("token", pa.string()),
         ("after", pa.string()),
@@ -138,6 +148,7 @@ def _examples_of(tables: FeatureTables, corpus: Corpus, decoder: Decoder, latent
         skip = BEFORE - (position - passage.first)
         heat = tables.top_heat[latent, rank, skip : skip + len(passage.pieces)]
         document = corpus.documents[corpus.document_of_window[window]]
+        start, end = corpus.characters(window, passage.first, len(passage.pieces))
         yield {
             "latent": latent,
             "rank": rank,
@@ -145,6 +156,8 @@ def _examples_of(tables: FeatureTables, corpus: Corpus, decoder: Decoder, latent
             "position": position,
             "activation": float(tables.top_activation[latent, rank]),
             **{name: document.get(name) for name in _FROM_DOCUMENT},
+            "char_start": start,
+            "char_end": end,
             "before": passage.before,
             "token": passage.token,
             "after": passage.after,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..store.artifact import Artifact
 from ..store.tables import read_rows
-from . import features, patches, sae
+from . import corpus, features, patches, sae
 from .view import Block, Prose, Section, Table, View
 
 __all__ = ["view"]
@@ -26,6 +26,7 @@ def view(
     root: Path,
     latents: int,
     rules: str,
+    controls: Artifact | None = None,
 ) -> View:
     """The report of what is there; what is not made yet is named.
 
@@ -35,10 +36,11 @@ def view(
         root: the project's folder; paths are shown relative to it.
         latents: how many latents get a card.
         rules: the written rules of the verdicts.
+        controls: the companions of `sae`.
     """
     sections = [
         Section("corpus", "The texts", _corpus(tokens)),
-        Section("autoencoder", "The autoencoder", _sae(sae, activations)),
+        Section("autoencoder", "The autoencoder", _sae(sae, activations, controls)),
         Section("hypotheses", "Characters against controls", _hypotheses(features, rules)),
         Section("latents", "Latents", _latents(features, latents)),
         Section("patching", "Patching", _patching(patches)),
@@ -76,24 +78,11 @@ def _missing(command: str, what: str) -> list[Block]:
 
 
 def _corpus(tokens: Artifact | None) -> list[Block]:
-    if tokens is None:
-        return _missing("tokenize", "The set of token windows")
-    rows = read_rows(tokens.path / "documents.parquet")
-    names = ("work", "author", "unit", "role", "era", "genre", "topic", "split", "n_tokens")
-    headers = ("work", "author", "unit", "role", "era", "genre", "topic", "split", "tokens")
-    authors = {row["author"] for row in rows}
-    by_role = {role: len({r["unit"] for r in rows if r["role"] == role}) for role in ("character", "seed", "control")}
-    words = (
-        f"{by_role['character'] + by_role['seed']} characters and {by_role['control']} controls, "
-        f"{len(authors)} {'authors' if len(authors) > 1 else 'author'}. A claim about characters is a claim about how "
-        "few units there are, not how many tokens."
-    )
-    table = Table(headers, [[row[n] for n in names] for row in rows], numeric=[8])
-    return [Prose(words), table]
+    return corpus.section(tokens) if tokens else _missing("tokenize", "The set of token windows")
 
 
-def _sae(trained: Artifact | None, activations: Artifact | None) -> list[Block]:
-    return sae.section(trained, activations) if trained else _missing("train", "An autoencoder")
+def _sae(trained: Artifact | None, activations: Artifact | None, controls: Artifact | None) -> list[Block]:
+    return sae.section(trained, activations, controls) if trained else _missing("train", "An autoencoder")
 
 
 def _hypotheses(interpreted: Artifact | None, rules: str) -> list[Block]:

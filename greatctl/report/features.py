@@ -127,4 +127,5 @@ def _example(row: Mapping[str, Any]) -> Example:
     pieces = list(row["pieces"])
     strengths = (strengths + [0.0] * len(pieces))[: len(pieces)]
     year = f", {row['year']}" if row["year"] else ""
-    return Example(pieces, strengths, float(row["activation"]), f"{row['work']} ({row['author']}{year})")
+    where = f"{row['work']} ({row['author']}{year}), {row['source_id']} {row['char_start']}-{row['char_end']}"
+    return Example(pieces, strengths, float(row["activation"]), where)

@@ -25,6 +25,7 @@ _PACKAGES = {
 }
 _CLOUD = ("Dropbox", "OneDrive", "Google Drive", "GoogleDrive", "iCloud", "CloudStorage", "Nextcloud", "Syncthing")
 _ROOM = 60 * 2**30
+_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 
 
 def examine(project: Project, *, offline: bool) -> list[dict[str, str]]:
@@ -37,6 +38,7 @@ def examine(project: Project, *, offline: bool) -> list[dict[str, str]]:
         lambda: _disk(project.data),
         lambda: _cloud(project.data),
         lambda: _locks(project.data),
+        _proxy,
         lambda: _model(project, offline),
     ]
     return [check() for check in checks]
@@ -124,6 +126,21 @@ def _locks(data: Path) -> dict[str, str]:
     finally:
         (folder / f".doctor-{os.getpid()}.lock").unlink(missing_ok=True)
     return _row("locks", "ok", f"file locks work in {folder}")
+
+
+def _proxy() -> dict[str, str]:
+    """`fetch` checks every address that it connects to, which a proxy would make impossible. Values are not shown:
+    they may hold a password.
+    """
+    found = [name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
+    if not found:
+        return _row("proxy", "ok", "none is set")
+    return _row(
+        "proxy",
+        "warning",
+        f"{' and '.join(found)} set",
+        "fetch connects by itself and does not use it; behind a proxy, name a base with --mirror",
+    )
 
 
 def _model(project: Project, offline: bool) -> dict[str, str]:

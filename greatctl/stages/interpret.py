@@ -22,6 +22,7 @@ from pydantic import Field
 from ..errors import InputError, ManifestError, UsageError, did_you_mean
 from ..store.artifact import Artifact, Identity, current, load, touch, work
 from .context import Context, Plan, Result, StageConfig
+from .controls import controls_of
 from .saes import Sae, find_activations, find_sae, open_sae, plugins_of
 
 if TYPE_CHECKING:
@@ -57,12 +58,13 @@ class Config(StageConfig):
 
 @dataclass(frozen=True)
 class _Job:
-    """What `plan` found out and `run` needs; `activations` and `meta` are None with --text."""
+    """What `plan` found out and `run` needs; all but the first two are None with --text."""
 
     sae: Sae
     plan: Plan
     activations: Artifact | None = None
     meta: Mapping[str, object] | None = None
+    controls: Artifact | None = None
 
 
 def plan(ctx: Context, config: Config) -> Plan:
@@ -93,10 +95,21 @@ def run(ctx: Context, config: Config) -> Result:
         artifact = _tables(ctx, config, job, final, identity)
     if config.latent is not None:
         return _page(artifact, config.latent, up_to_date)
-    from ..features.hypotheses import BASELINES
-
-    view = {"missing": list(BASELINES), "power": artifact.summary.get("power")}
+    view = {"missing": _missing(job.controls), "power": artifact.summary.get("power")}
     return Result(STAGE, artifact.path, artifact.summary, up_to_date=up_to_date, view=view)
+
+
+def _missing(controls: Artifact | None) -> list[str]:
+    """The baselines that a verdict stands without."""
+    from ..features.hypotheses import BASELINES, COMPANIONS
+
+    return [name for name in BASELINES if controls is None or name not in COMPANIONS]
+
+
+def _controls(ctx: Context, sae: Sae) -> Artifact | None:
+    """The whole and undamaged companions of exactly this SAE, if they were trained."""
+    found = controls_of(ctx.project, sae.sealed) if sae.sealed else None
+    return None if found is None or found.damaged() else found
 
 
 def _prepare(ctx: Context, config: Config) -> _Job:
@@ -124,18 +137,20 @@ def _prepare(ctx: Context, config: Config) -> _Job:
     activations = find_activations(ctx, sae)
     meta = json.loads((activations.path / "meta.json").read_bytes())
     tokens = _find_tokens(ctx, meta)
+    controls = _controls(ctx, sae)
+    inputs = {"sae": sae.key, "activations": activations.fingerprint, "tokens": tokens.fingerprint}
     identity = Identity(
         STAGE,
         {
             "sae": sae.path.name,
             **{name: getattr(config, name) for name in ("concept", "unit", "examples", "candidates", "seed")},
         },
-        inputs={"sae": sae.key, "activations": activations.fingerprint, "tokens": tokens.fingerprint},
+        inputs={**inputs, "controls": controls.fingerprint} if controls else inputs,
         plugins=plugins_of(ctx, sae),
         model_revision=meta["model_revision"],
     )
     facts |= {"rows": meta["rows"], "unit": config.unit}
-    return _Job(sae, Plan(STAGE, ctx.project.features / sae.path.name, identity, facts), activations, meta)
+    return _Job(sae, Plan(STAGE, ctx.project.features / sae.path.name, identity, facts), activations, meta, controls)
 
 
 def _find_tokens(ctx: Context, meta: Mapping) -> Artifact:
@@ -196,7 +211,7 @@ def _tables(ctx: Context, config: Config, job: _Job, final: Path, identity: Iden
     assert job.activations is not None and job.meta is not None
     started, meta = time.monotonic(), job.meta
     store = TokenStore(ctx.project.tokens / str(meta["tokens_name"]))
-    corpus = Corpus(store.input_ids, store.length, store.documents, store.windows["document"])
+    corpus = Corpus(store.input_ids, store.token_end, store.length, store.documents, store.windows["document"])
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
         tables, sae = _scan(ctx, config, job, store)
         ctx.run.notice("interpret: reading what the latents write")
@@ -212,7 +227,7 @@ def _tables(ctx: Context, config: Config, job: _Job, final: Path, identity: Iden
         ctx.run.stop_here()
         found = weigh_latents(tables, store.documents, unit, alive, n_candidates=config.candidates, seed=config.seed)
         ctx.run.stop_here()
-        rows = write_hypotheses(w.path, config.concept, config.unit, found)
+        rows = write_hypotheses(w.path, config.concept, config.unit, found, missing=_missing(job.controls))
         keys = ("concept", "latent", "effect", "q_value", "verdict")
         summary = {
             "n_latents": sae.d_sae,

@@ -22,11 +22,12 @@ from ..report.view import View
 from ..store.artifact import Artifact, Identity, current, newest, sealed_under, touch, work
 from ..store.files import canonical_json, sha256_bytes, write_bytes, write_text
 from .context import Context, Plan, Result, StageConfig
+from .controls import controls_of
 
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "report"
-LAYOUT = 5  # raised when the page changes, so that an old report is remade
+LAYOUT = 9  # raised when the page changes, so that an old report is remade
 
 
 class Config(StageConfig):
@@ -127,6 +128,7 @@ def _view(ctx: Context, config: Config, sections: Sequence[Mapping]) -> View:
         tokens=parts.get("tokens"),
         activations=parts.get("activations"),
         sae=parts.get("sae"),
+        controls=parts.get("controls"),
         features=parts.get("features"),
         patches=patches,
         plugin_sections=sections,
@@ -152,5 +154,7 @@ def _parts(ctx: Context) -> Mapping[str, Artifact]:
         "features": (project.features, "interpret"),
     }
     found = {name: newest(root, stage) for name, (root, stage) in places.items()}
+    if trained := found["sae"]:
+        found["controls"] = controls_of(project, trained)
     patches = {f"patch/{a.path.name}": a for a in sealed_under(project.patches, "patch")}
     return {name: a for name, a in {**found, **dict(sorted(patches.items()))}.items() if a is not None}

@@ -26,6 +26,7 @@ from .context import STAGES, Context, Plan, Project, StageConfig
 __all__ = ["damage", "survey"]
 
 _ITEMS = {"train": ("architectures", "arch"), "patch": ("metrics", "metric")}
+_COMPANIONS = "controls"  # made by `train --controls`
 _FINE, _STALE, _DAMAGED = "up-to-date", "stale", "damaged"
 
 
@@ -53,7 +54,7 @@ def survey(project: Project, *, paths: Sequence[str] = ()) -> list[dict[str, obj
             if known.get(artifact.fingerprint, ("", folder))[0] != _FINE:
                 known[artifact.fingerprint] = (state, folder)
             rows.append(_row(stage, folder, state, reason, sum(row["bytes"] for row in artifact.outputs)))
-        if len(rows) == before:
+        if len(rows) == before and stage in STAGES:
             rows.append(_row(stage, root, "missing", f"run `greatctl {stage}`"))
     return rows if any(row["state"] != "missing" for row in rows) else []
 
@@ -78,7 +79,9 @@ def _row(stage: str, path: Path, state: str, reason: str, size: int = 0) -> dict
 def _roots(project: Project) -> dict[str, Path]:
     """Stage -> the folder below which its artifacts lie, inputs before what is made from them."""
     roots = (project.raw, project.tokens, project.activations, project.saes)
-    return dict(zip(STAGES, (*roots, project.features, project.patches, project.report), strict=True))
+    found = dict(zip(STAGES, (*roots, project.features, project.patches, project.report), strict=True))
+    after = {stage: found.pop(stage) for stage in ("interpret", "patch", "report")}
+    return {**found, _COMPANIONS: project.results / _COMPANIONS, **after}
 
 
 def _sealed(root: Path) -> list[Path]:
@@ -125,6 +128,8 @@ def _difference(project: Project, stage: str, artifact: Artifact) -> str:
     Raises:
         GreatctlError: the stage can no longer be planned; the message says why.
     """
+    if stage == _COMPANIONS:
+        return ""  # they follow their SAE, which is judged as their input
     if stage == "fetch":
         return ""  # a source is compared with its bytes, which only a fetch can see
     module = importlib.import_module(f"greatctl.stages.{stage}")
@@ -172,7 +177,7 @@ def _pins(artifact: Artifact) -> dict[str, object]:
         "harvest": {"hook_point": [config.get("hook_point")], "layer": None},
         "train": {"hook_point": config.get("hook_point"), "name": name},
         "interpret": {"sae": config.get("sae")},
-        "patch": {"name": name},
+        "patch": {"name": name, "sae": config.get("sae")},
     }
     return pins.get(artifact.stage, {})
 
