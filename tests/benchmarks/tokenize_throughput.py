@@ -120,6 +120,7 @@ def main() -> None:
     ask.add_argument("--megabytes", type=int, default=200)
     ask.add_argument("--files", type=int, default=8)
     ask.add_argument("--model", default="bundled", help="a folder with a tokenizer, or `bundled`")
+    ask.add_argument("--alone", action="store_true", help="only greatctl: for a large text")
     given = ask.parse_args()
     from greatctl.reference import model_dir
 
@@ -130,12 +131,13 @@ def main() -> None:
         texts = Path(place) / "texts"
         size = generate(texts, given.megabytes, given.files) / 1e6
         print(f"{size:,.0f} MB of text in {given.files} files, {os.cpu_count()} cores, tokenizer {given.model}")
-        _, _, out = measured([sys.executable, "-c", FLOOR, str(texts), folder], **quiet)
-        floor = float(out.split()[1])
-        _, peak_map, out = measured(
-            [sys.executable, "-c", MAP, str(texts), folder, str(Path(place) / "cache")], **alone
-        )
-        theirs = size / float(out.split()[-1])
+        floor = theirs = peak_map = float("nan")
+        if not given.alone:
+            _, _, out = measured([sys.executable, "-c", FLOOR, str(texts), folder], **quiet)
+            floor = float(out.split()[1])
+            words = [sys.executable, "-c", MAP, str(texts), folder, str(Path(place) / "cache")]
+            _, peak_map, out = measured(words, **alone)
+            theirs = size / float(out.split()[-1])
         project = Path(place) / "project"
         project.mkdir()
         words = [
