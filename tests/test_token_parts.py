@@ -127,7 +127,7 @@ def test_a_short_work_leaves_its_share_to_the_others() -> None:
 def test_a_very_long_text_is_cut_at_blank_lines() -> None:
     paragraph = "word " * 60_000 + "\n\n"
     text = Text({}, paragraph * 9, [(5, 10)])
-    stretches = text.stretches()
+    stretches = text.stretches
     assert stretches[0] == (0, 5)
     assert all(b - a <= 1_000_000 for a, b in stretches)
     assert all(text.text[a - 2 : a] == "\n\n" for a, _ in stretches[2:])

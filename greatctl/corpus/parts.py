@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -46,6 +47,7 @@ _DOCUMENTS = pa.schema([*FACTS, *_COUNTS, ("text_sha256", pa.string())])
 _COLUMNS = ("document", "first_token", "char_start", "char_end", "length")
 
 _BATCH_CHARS = 2_000_000  # texts tokenized together: enough for all cores, some hundred MB at most
+_TOGETHER = 256  # documents written at once
 _LONGEST = 1_000_000  # a longer stretch is cut at a blank line, since one text occupies one core and its memory
 
 Encode = Callable[[Sequence[str]], Sequence[tuple[np.ndarray, np.ndarray]]]
@@ -59,6 +61,7 @@ class Text:
     text: str
     without: Sequence[tuple[int, int]] = ()
 
+    @cached_property
     def stretches(self) -> list[tuple[int, int]]:
         """The stretches (from, to) that are tokenized, each by itself: what is kept, cut where it is very long."""
         found, at = [], 0
@@ -88,7 +91,7 @@ class Cutter:
     def rows(self, text: Text, encoded: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Rows]:
         """The windows of a document, from the tokens of its stretches."""
         rows, first = [], 0
-        for (start, end), (ids, ends) in zip(text.stretches(), encoded, strict=True):
+        for (start, end), (ids, ends) in zip(text.stretches, encoded, strict=True):
             shape = {"window": self.window, "bos": self.bos, "pad": self.pad}
             rows.append(cut(ids, ends, end - start, first_char=start, first_token=first, **shape))
             first += len(ids)
@@ -128,7 +131,7 @@ def tokenize(folder: Path, parts: Iterable[Part], cutter: Cutter, said: Callable
                     writer.close()
                     writer = None
                     continue
-                n = len(text.stretches())
+                n = len(text.stretches)
                 writer.add(text, cutter.rows(text, encoded[at : at + n]))
                 at += n
             said(sum(len(text.text) for _, text in batch if text))
@@ -163,7 +166,7 @@ def _encoded(
     with ThreadPoolExecutor(1) as pool:
         try:
             for batch in batches:
-                pieces = [text.text[a:b] for _, text in batch if text for a, b in text.stretches()]
+                pieces = [text.text[a:b] for _, text in batch if text for a, b in text.stretches]
                 waiting.append((batch, pool.submit(encode, pieces)))
                 if len(waiting) > 1:
                     ready, future = waiting.popleft()
@@ -195,20 +198,31 @@ class _PartWriter:
         self._schemas = window_schema(window), _DOCUMENTS
         self._files: list[IO[bytes]] = []
         self._count = 0
+        self._waiting: list[tuple[Text, Sequence[Rows]]] = []
         with disk_errors(folder):
             self._files = [path.with_name(path.name + PARTIAL).open("wb") for path in self._final]
             self._writers = [pa.ipc.new_file(f, s) for f, s in zip(self._files, self._schemas, strict=True)]
 
     def add(self, text: Text, rows: Sequence[Rows]) -> None:
-        """Write a document and its windows."""
+        """Take a document and its windows; many small ones are written together, since each batch has its price."""
+        self._waiting.append((text, rows))
+        if len(self._waiting) >= _TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
         with disk_errors(self._final[0]):
-            for piece in rows:
-                self._writers[0].write_batch(_window_batch(piece, self._count, self._schemas[0]))
-            self._writers[1].write_batch(_document_batch(text, rows))
-        self._count += 1
+            pieces = [(piece, self._count + i) for i, (_, rows) in enumerate(self._waiting) for piece in rows]
+            if pieces:
+                self._writers[0].write_batch(_window_batch(pieces, self._schemas[0]))
+            if self._waiting:
+                found = [_document(text, rows) for text, rows in self._waiting]
+                self._writers[1].write_batch(pa.RecordBatch.from_pylist(found, schema=_DOCUMENTS))
+        self._count += len(self._waiting)
+        self._waiting.clear()
 
     def close(self) -> None:
         """Make the part whole and durable."""
+        self._flush()
         with disk_errors(self._final[0]):
             for writer, stream, path in zip(self._writers, self._files, self._final, strict=True):
                 writer.close()
@@ -225,24 +239,25 @@ class _PartWriter:
             Path(stream.name).unlink(missing_ok=True)
 
 
-def _window_batch(rows: Rows, document: int, schema: pa.Schema) -> pa.RecordBatch:
-    n = len(rows.length)
-    columns: dict[str, np.ndarray] = {
-        "document": np.full(n, document, np.int32),
-        "first_token": rows.first_token,
-        "char_start": rows.char_start,
-        "char_end": rows.char_end,
-        "length": rows.length,
-    }
+def _window_batch(pieces: Sequence[tuple[Rows, int]], schema: pa.Schema) -> pa.RecordBatch:
+    """The windows of some stretches, each with the number of its document."""
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(piece, name) for piece, _ in pieces])
+
+    owner = np.concatenate([np.full(len(piece.length), number, np.int32) for piece, number in pieces])
+    ids = joined("input_ids")
     wide = [
-        pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), rows.input_ids.shape[1])
-        for values in (rows.input_ids, rows.token_end)
+        pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), ids.shape[1])
+        for values in (ids, joined("token_end"))
     ]
-    return pa.record_batch([*wide, *(pa.array(columns[name]) for name in _COLUMNS)], schema=schema)
+    narrow = [pa.array(owner if name == "document" else joined(name)) for name in _COLUMNS]
+    return pa.record_batch([*wide, *narrow], schema=schema)
 
 
-def _document_batch(text: Text, rows: Sequence[Rows]) -> pa.RecordBatch:
-    row = {
+def _document(text: Text, rows: Sequence[Rows]) -> dict[str, object]:
+    """The row of a document."""
+    return {
         **text.facts,
         "n_chars": len(text.text),
         "overlap_chars": sum(end - start for start, end in text.without),
@@ -250,4 +265,3 @@ def _document_batch(text: Text, rows: Sequence[Rows]) -> pa.RecordBatch:
         "n_tokens": int(sum((r.length - 1).sum() for r in rows)),
         "text_sha256": sha256_bytes(text.text.encode()),
     }
-    return pa.RecordBatch.from_pylist([row], schema=_DOCUMENTS)

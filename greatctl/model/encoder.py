@@ -32,7 +32,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._lengths = _byte_lengths(tokenizer)
 
-    def __call__(self, texts: Sequence[str]) -> list[Encoded]:
+    def __call__(self, texts: Sequence[str]) -> Sequence[Encoded]:
         """Encode a batch; equal to encoding each text by itself."""
         if self._lengths is None:
             return encode_batch(self._tokenizer, texts)
@@ -40,12 +40,33 @@ class Encoder:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        found = []
-        for text, encoding in zip(texts, backend.encode_batch_fast(list(texts), add_special_tokens=False), strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            ends = _ends(text, self._lengths[ids])
-            found.append((ids, ends) if ends is not None else encode_batch(self._tokenizer, [text])[0])
-        return found
+        return _Found(self, texts, backend.encode_batch_fast(list(texts), add_special_tokens=False))
+
+    def unpacked(self, text: str, encoding: Any) -> Encoded:
+        """Ids and ends of one text from what the Rust tokenizer made of it."""
+        assert self._lengths is not None
+        ids = np.array(encoding.ids, dtype=np.int32)
+        ends = _ends(text, self._lengths[ids])
+        return (ids, ends) if ends is not None else encode_batch(self._tokenizer, [text])[0]
+
+
+class _Found(Sequence[Encoded]):
+    """A batch as the Rust tokenizer left it, unpacked when it is looked at.
+
+    Unpacking holds the interpreter, tokenizing does not: so whoever tokenizes ahead in a thread leaves this to the reader.
+    """
+
+    def __init__(self, encoder: Encoder, texts: Sequence[str], encodings: Sequence[Any]) -> None:
+        self._encoder, self._texts, self._encodings = encoder, texts, encodings
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        i = int(at)
+        return self._encoder.unpacked(self._texts[i], self._encodings[i])
 
 
 def _byte_lengths(tokenizer: Any) -> np.ndarray | None:
