@@ -98,7 +98,8 @@ def test_tokens_that_a_model_rules_out_are_no_reason_for_nan(name):
     logits, answers = given()
     clean = answers.clean_logits.clone()
     logits[:, 8], clean[:, 8] = -math.inf, -math.inf
-    measure(name, metric(name), logits, Answers(answers.answer, answers.wrong_answer, clean, clean))
+    found = measure(name, metric(name), logits, Answers(answers.answer, answers.wrong_answer, clean, clean))
+    assert found.isfinite().all()
 
 
 def test_divergences_are_zero_at_the_clean_run_and_js_is_bounded():
