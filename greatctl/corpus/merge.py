@@ -10,6 +10,7 @@ Where a limit on tokens is given, windows are left out here, and the counts of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +119,9 @@ class _Source:
                     yield pa.record_batch({name: pa.array(values) for name, values in columns.items()})
                     at += batch.num_rows
 
-        batches = list(_grouped(numbered()))
-        write_batches(path, batches[0].schema if batches else pa.schema([]), batches)
+        batches = _grouped(numbered())
+        first = next(batches, None)
+        write_batches(path, first.schema if first else pa.schema([]), chain([first] if first else [], batches))
 
 
 def _batches(mapped: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
