@@ -100,9 +100,9 @@ def words_for(root: Path, data: Path, arch: str) -> list[str]:
     return [*words, "--checkpoint-every", str(EVERY), "--device", "cpu", "--quiet", *ARCHITECTURES[arch]]
 
 
-def contents(root: Path) -> dict[str, bytes]:
+def contents(root: Path, name: str = "sae") -> dict[str, bytes]:
     """Every file of the finished SAE but run.json."""
-    folder = root / "results" / "saes" / "sae"
+    folder = root / "results" / "saes" / name
     files = (p for p in folder.rglob("*") if p.is_file() and p.name != "run.json")
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
@@ -124,6 +124,22 @@ def test_fault_53_kill_9_and_resume_end_with_the_bytes_of_a_straight_run(
     assert [name for name in one if one[name] != other[name]] == []
     steps = [json.loads(line)["step"] for line in one["metrics.jsonl"].splitlines()]
     assert steps == list(range(STEPS))  # no gap and no duplicate
+
+
+def test_a_killed_sweep_ends_with_the_bytes_of_an_undisturbed_one(nursery: Nursery, data: Path, tmp_path: Path) -> None:
+    swept = ["--sweep", "arch=topk,batchtopk", "--sweep", "seed=0,1"]
+    straight, killed = ([*words_for(tmp_path / name, data, "topk"), *swept] for name in ("straight", "killed"))
+    for words in (straight, killed):
+        del words[words.index("--arch") : words.index("--arch") + 2]
+    assert nursery(*straight) == 0, nursery.log.read_text()
+    saes = tmp_path / "killed" / "results" / "saes"
+    pattern = saes / ".sae-topk-seed1.partial" / "checkpoints" / "step-*[1-3]?.safetensors"
+    assert nursery(*killed, until=pattern) == -signal.SIGKILL
+    assert not list(saes.glob("[!.]*"))
+    assert nursery(*killed) == 0, nursery.log.read_text()
+    for name in ("sae-topk-seed0", "sae-topk-seed1", "sae-batchtopk-seed0", "sae-batchtopk-seed1"):
+        one, other = contents(tmp_path / "straight", name), contents(tmp_path / "killed", name)
+        assert len(one) > 8 and one == other
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -260,23 +260,6 @@ def test_a_threshold_that_is_one_number_is_refused(tmp_path: Path) -> None:
     assert "threshold is []" in caught.value.why
 
 
-@pytest.mark.parametrize(
-    ("file", "layout"),
-    [
-        ("sae.safetensors", "sparsify"),
-        ("ae.pt", "dictionary_learning"),
-        ("params.npz", "Gemma Scope"),
-        ("hyperparams.json", "Llama Scope"),
-    ],
-)
-def test_another_layout_is_refused_by_name(tmp_path: Path, file: str, layout: str) -> None:
-    (tmp_path / file).write_bytes(b"x")
-    (tmp_path / "cfg.json").write_text("{}")
-    with pytest.raises(InputError) as caught:
-        load(tmp_path)
-    assert layout in caught.value.why
-
-
 def test_damaged_files_are_damage(tmp_path: Path) -> None:
     folder, _, _ = saved(tmp_path, "topk")
     whole = json.loads((folder / "cfg.json").read_text())

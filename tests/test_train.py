@@ -260,6 +260,23 @@ def test_export_on_a_finished_sae_only_exports(root: Path) -> None:
     assert run(root)[0].up_to_date
 
 
+def test_an_export_under_a_name_that_nobody_trained_is_exit_5_and_trains_nothing(root: Path) -> None:
+    run(root, name="mine", steps=3)
+    flags = {"name": "flag --name", "export": "flag --export"}
+    with pytest.raises(InputError, match="no SAE named 'mien'") as caught:
+        run(root, name="mien", export="pth", origins=flags)
+    assert caught.value.exit_code == 5 and "mine" in caught.value.fix and "mine" in caught.value.why
+    assert not (root / "results" / "saes" / "mien").exists()
+    assert run(root, name="new", steps=3, export="pth", origins={**flags, "steps": "flag --steps"})[0].artifact
+
+
+def test_a_batch_larger_than_the_data_is_cut_to_it_and_the_plan_says_so(root: Path) -> None:
+    ctx, _ = context(root)
+    assert train.plan(ctx, train.Config(**{**QUICK, "batch_size": 10**6})).facts["batch_size"] == 3189
+    _, notices = run(root, batch_size=10**6, steps=3, name="whole")
+    assert any("a batch has 2000 rows instead of 1000000: there are no more" in n for n in notices)
+
+
 def test_controls_are_trained_also_where_an_export_is_asked_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controls, "train_controls", lambda ctx, config, trained: {"sae": trained.sae.path.name})
     result, _ = run(root, controls=True, export="pth", name="both")

@@ -19,6 +19,7 @@ from greatctl.sae.rows import Cursor
 from greatctl.sae.setup import build
 from greatctl.sae.topk import TopK
 from greatctl.sae.trainer import Trainer
+from greatctl.sae.walk import walk
 from greatctl.store.shards import ShardReader
 
 pytestmark = [
@@ -92,9 +93,30 @@ def test_a_step_makes_the_cpu_wait_for_nothing(tmp_path: Path) -> None:
             trainer.step = step + 1  # step 0 would be a point of the curve, which may wait
             torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
             try:
-                trainer._one_step(x.float(), None, cursor)
+                trainer.take(x.float(), None, cursor)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+def test_batches_that_are_copied_ahead_are_those_of_the_stream(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, planted(8000, dictionary(64, 32)))
+    plain = rows.stream(0, 256, Cursor())
+    with feed(rows.stream(0, 256, Cursor()), torch.device("cuda")) as batches:
+        for _ in range(40):
+            (one, x, _), (other, y, _) = next(plain), next(batches)
+            assert one == other and y.is_cuda and torch.equal(x, y.cpu())
+
+
+def test_trainers_in_one_walk_learn_what_they_learn_alone_and_the_waiting_is_measured(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, planted(8000, dictionary(64, 32)))
+    alone = [trainer_of(tmp_path / f"alone-{name}", name, "cuda", rows) for name in ("topk", "relu")]
+    together = [trainer_of(tmp_path / f"both-{name}", name, "cuda", rows) for name in ("topk", "relu")]
+    for trainer in alone:
+        trainer.fit()
+    walked = walk(together)
+    for one, other in zip(alone, together, strict=True):
+        assert one.log[-1]["loss"] == pytest.approx(other.log[-1]["loss"], rel=0.02)
+    assert 0 <= walked.waited < walked.seconds and all(0 < s < walked.seconds for s in walked.steps)
 
 
 def test_divergence_is_found_late_and_no_checkpoint_holds_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from greatctl.errors import InterruptedRun, ManifestError, UsageError
 from greatctl.events import Event, Run
 from greatctl.extend.manager import load_plugins
 from greatctl.sae.rows import Cursor
-from greatctl.stages import harvest, sae_rows, tokenize, train
+from greatctl.stages import harvest, sae_harvest, sae_rows, tokenize, train
 from greatctl.stages.context import Context, Project, Result
 
 SITE = "blocks.1.hook_resid_post"
@@ -54,14 +54,14 @@ def test_streamed_rows_are_those_of_a_harvest_and_nothing_is_stored(project: Pro
     assert not project.activations.exists()
     store = TokenStore(inputs.tokens.path)
     aside = sae_rows.held_out(ctx, store)
-    rows = sae_rows.open_rows(ctx, inputs, store, aside)
+    rows = sae_rows.open_rows(ctx, [inputs], store, aside)[0]
     assert not project.activations.exists()
     data = replace(project, data=tmp_path / "data")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tokens").symlink_to(project.tokens)
     harvest.run(context(data), harvest.Config(hook_point=[SITE, "blocks.1.hook_mlp_out"]))
     other = replace(ctx, project=replace(data, results=tmp_path))
-    kept = sae_rows.open_rows(other, sae_rows.stored(other, SITE, "blocks.1.hook_mlp_out"), store, aside)
+    kept = sae_rows.open_rows(other, [sae_rows.stored(other, SITE, "blocks.1.hook_mlp_out")], store, aside)[0]
     assert rows.counts == kept.counts and rows.mean_norm == pytest.approx(kept.mean_norm, rel=1e-6)
     assert torch.allclose(rows.held_out(), kept.held_out(), atol=1e-5)
     assert torch.equal(rows.held_out_windows(), kept.held_out_windows())
@@ -89,6 +89,30 @@ def test_fault_53_a_stopped_stream_ends_with_the_bytes_of_a_straight_one(project
     assert again.artifact is not None
     assert contents(result.artifact) == contents(again.artifact)
     assert run(project, tmp_path / "stopped", **BUFFER).up_to_date
+
+
+def test_a_sweep_over_hook_points_reads_the_model_once_and_each_sae_is_that_of_a_run_alone(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[int, tuple[str, ...]]] = []
+    read = sae_harvest.read
+
+    def counted(frozen: Any, ids: Any, length: Any, span: range, sites: list[str], **more: Any) -> Any:
+        reads.append((len(span), tuple(sites)))
+        return read(frozen, ids, length, span, sites, **more)
+
+    monkeypatch.setattr(sae_harvest, "read", counted)
+    sites = [SITE, "blocks.0.hook_resid_post"]
+    swept = {"hook_point": sites, "k": ["4", "5"]}
+    together = run(project, tmp_path / "together", k=None, sweep=swept, **BUFFER)
+    both, reads[:] = list(reads), []
+    for row in list(together.summary["sweep"])[1:3]:  # type: ignore[call-overload]
+        site, k = row["hook_point"], row["k"]
+        alone = run(project, tmp_path / "alone", hook_point=site, k=k, name=row["name"], **BUFFER)
+        assert alone.artifact is not None
+        one, other = contents(alone.artifact), contents(tmp_path / "together" / "saes" / row["name"])
+        assert [name for name in one if one[name] != other[name] and name != "artifact.json"] == []
+    assert [n for n, _ in both] * 2 == [n for n, _ in reads] and {names for _, names in both} == {tuple(sites)}
 
 
 def test_what_cannot_be_streamed_is_refused_before_a_model_is_opened(project: Project, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -13,11 +14,15 @@ from torch import Tensor
 
 from greatctl.errors import ResourceError, StageError
 from greatctl.events import Run
+from greatctl.sae import walk
 from greatctl.sae.batchtopk import BatchTopK
 from greatctl.sae.checkpoints import Checkpoints
 from greatctl.sae.coder import Coder
+from greatctl.sae.data import ActivationRows
+from greatctl.sae.rows import Cursor
 from greatctl.sae.schedule import default_batch_size, default_dead_window, default_lr
 from greatctl.sae.setup import build
+from greatctl.sae.step import quick_products
 from greatctl.sae.topk import TopK
 from greatctl.sae.trainer import Trainer
 
@@ -187,3 +192,43 @@ def test_a_dead_latent_is_one_that_has_not_fired_within_the_window(tmp_path: Pat
     trainer.fit()
     assert trainer.since_fired[0] == trainer.tokens > 2000
     assert bool(trainer.dead[0]) and not bool(trainer.dead.all())
+
+
+def test_reading_the_next_block_ahead_gives_the_same_batches(tmp_path: Path) -> None:
+    acts = planted(3000, dictionary(32, 16))
+    plain = rows_of(tmp_path / "plain", acts, shard=400, budget=60_000)
+    ahead = rows_of(tmp_path / "ahead", acts, shard=400, budget=60_000, ahead=True)
+    assert len(plain.blocks(0, 0)) > 2
+    streams = [rows.stream(3, 256, Cursor()) for rows in (plain, ahead)]
+    for _ in range(25):  # more than two epochs
+        (one, x, _), (other, y, _) = (next(stream) for stream in streams)
+        assert one == other and torch.equal(x, y)
+    assert one.epoch == 2
+    ahead.release()
+    assert ahead._coming is None
+
+
+def test_products_are_quick_on_a_gpu_alone_and_not_beside_a_model_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), quick_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+    with quick_products(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == before
+
+    asked: list[torch.device] = []
+
+    def noted(device: torch.device) -> contextlib.nullcontext:
+        asked.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(walk, "quick_products", noted)
+    acts = planted(300, dictionary(32, 16))
+    trained(tmp_path / "stored", TopK, acts, d_sae=32, options={"k": 2}, steps=1)
+    assert asked == [torch.device("cpu")]
+    monkeypatch.setattr(walk, "StreamRows", ActivationRows)  # as if these rows were harvested on the way
+    trained(tmp_path / "streamed", TopK, acts, d_sae=32, options={"k": 2}, steps=1)
+    assert len(asked) == 1

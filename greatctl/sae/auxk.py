@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["auxk"]
+__all__ = ["auxk", "revival"]
 
 
 def auxk(
@@ -36,12 +36,35 @@ def auxk(
     index = dead.nonzero().squeeze(1)
     if index.numel() == 0:
         return pre_acts.new_zeros(())
-    error = residual.detach()
-    candidates = pre_acts.index_select(1, index)
-    k = min(max(1, error.shape[1] // 2), index.numel())
-    values, places = candidates.topk(k, dim=1, sorted=False)
-    latents = torch.zeros_like(candidates).scatter(1, places, values.relu())
-    rebuilt = latents @ W_dec.index_select(0, index)
-    below = (error - error.mean(dim=0)).square().sum() if spread is None else spread.to(error) * error.shape[0]
-    loss = (error - rebuilt).square().sum() / below
+    loss = revival(pre_acts.index_select(1, index), residual, W_dec.index_select(0, index), spread=spread)
     return loss if bool(torch.isfinite(loss)) else None
+
+
+def revival(
+    candidates: Tensor,
+    residual: Tensor,
+    W_dec: Tensor,
+    *,
+    dead: Tensor | None = None,
+    spread: Tensor | None = None,
+) -> Tensor:
+    """`auxk` of chosen latents alone, finite or not; the CPU does not wait for it.
+
+    Args:
+        candidates: their pre-activations [n, c], with the graph.
+        W_dec: their rows [c, d_out].
+        dead: [c] bool, where some of them are there to fill the shape and must not count.
+        residual, spread: as in `auxk`.
+    """
+    error = residual.detach()
+    if dead is not None:
+        candidates = candidates.masked_fill(~dead, float("-inf"))
+    k = min(max(1, error.shape[1] // 2), candidates.shape[1])
+    if k < candidates.shape[1]:
+        values, places = candidates.topk(k, dim=1, sorted=False)
+        latents = torch.zeros_like(candidates).scatter_(1, places, values.relu())
+    else:
+        latents = candidates.relu()
+    rebuilt = latents @ W_dec
+    below = (error - error.mean(dim=0)).square().sum() if spread is None else spread.to(error) * error.shape[0]
+    return (error - rebuilt).square().sum() / below

@@ -54,7 +54,7 @@ class BatchTopK(TopK):
         return torch.where(pre_acts >= lowest, pre_acts, 0.0)
 
     def terms(self, x: Tensor, target: Tensor, dead: Tensor, whole: Whole | None) -> dict[str, Tensor]:
-        """As TopK; the smallest kept pre-activation is noted for `after_step`."""
+        """As TopK; the smallest kept pre-activation is noted for `settle`."""
         found = super().terms(x, target, dead, whole)
         self._noted = self._lowest
         return found
@@ -64,9 +64,12 @@ class BatchTopK(TopK):
         lowest = lowest_kept(lambda: map(self.pre_acts, parts), self.config.k)
         return self._with_spread(Whole(lowest), parts, targets or parts)
 
-    def after_step(self) -> None:
-        """Unit rows; the threshold follows the batch's smallest kept activation."""
-        super().after_step()
+    def note_lowest(self, lowest: Tensor) -> None:
+        """Remember the smallest pre-activation that the batch keeps, for `settle`."""
+        self._noted = lowest
+
+    def settle(self) -> None:
+        """The threshold follows the batch's smallest kept activation."""
         if self._noted is not None:
             self._follow(self._noted)
             self._noted = None

@@ -49,6 +49,16 @@ class Checkpoints:
         self._written = time.monotonic()
         self._seconds = self._written - began
 
+    def steps(self) -> set[int]:
+        """The steps whose checkpoints can be read."""
+        return {_step(path) for path in self._files() if _readable(path)}
+
+    def rewind(self, step: int) -> None:
+        """Forget every checkpoint after `step`: a set of runs goes on where all of them can."""
+        for path in self._files():
+            if _step(path) > step:
+                path.unlink()
+
     def latest(self) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and state of the newest readable checkpoint."""
         for path in reversed(self._files()):
@@ -62,3 +72,15 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _readable(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return "state" in (stream.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

@@ -146,10 +146,16 @@ class Coder(nn.Module):
         raise NotImplementedError
 
     def after_step(self) -> None:
-        """Once after each optimiser step: bring the decoder's rows back to norm 1 (where `unit_decoder`)."""
+        """Once after each optimiser step: bring the decoder's rows back to norm 1 (where `unit_decoder`), and
+        `settle`.
+        """
         if self.unit_decoder and not self.frozen_decoder:
             with torch.no_grad():
                 self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.settle()
+
+    def settle(self) -> None:
+        """What else follows an optimiser step (a threshold that follows the batches, say)."""
 
     def project_gradients(self) -> None:
         """Remove from each decoder row's gradient the part along the row (where `unit_decoder`), or all of it

@@ -6,7 +6,7 @@ an interrupted run ends with the bytes of an undisturbed one: on resume it is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,12 @@ from ..store.files import canonical_json, disk_errors, write_text
 from .coder import Coder
 from .micro import Parts
 
-__all__ = ["Curve", "columns", "glance"]
+__all__ = ["Curve", "Point", "columns", "fetched", "glance"]
+
+Point = dict[str, Tensor | float]
+"""A row of the curve whose tensors (scalars) still lie on the device."""
+
+_PRE_ACTS, _FEWEST = 1 << 26, 64  # pre-activations of a glance (256 MiB), and rows at least
 
 
 class Curve:
@@ -40,10 +45,20 @@ class Curve:
                 stream.write(_line(row))
 
 
+def fetched(points: Sequence[Point]) -> list[dict[str, float]]:
+    """Points as plain numbers; the CPU waits for the device once for all of them."""
+    found = [value for point in points for value in point.values() if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([value.detach().double() for value in found]).tolist() if found else [])
+    return [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in point.items()} for point in points]
+
+
 @torch.no_grad()
-def glance(coder: Coder, parts: Parts, x: Tensor, target: Tensor | None) -> dict[str, float]:
-    """`explained_variance` and `l0` of a coder on one training batch, part by part; changes nothing about it."""
-    wanted = x if target is None else target
+def glance(coder: Coder, parts: Parts, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+    """`explained_variance` and `l0` (float64 scalars on the device) of a coder on one training batch, part by part;
+    changes nothing about it. Of a wide coder's batch only the first rows are looked at.
+    """
+    most = max(_FEWEST, _PRE_ACTS // coder.config.d_sae)
+    x, wanted = x[:most], (x if target is None else target)[:most]
     fired, counts, buffers = coder._fired, coder.counts.copy(), [b.clone() for b in coder.buffers()]
     residual = torch.zeros((), dtype=torch.float64, device=x.device)
     active = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -57,8 +72,8 @@ def glance(coder: Coder, parts: Parts, x: Tensor, target: Tensor | None) -> dict
     coder._fired, coder.counts = fired, counts
     around = (wanted - wanted.mean(dim=0)).double().square().sum()
     return {
-        "explained_variance": 1 - float(residual) / max(float(around), 1e-30),
-        "l0": float(active) / x.shape[0],
+        "explained_variance": 1 - residual / around.clamp_min(1e-30),
+        "l0": active.double() / x.shape[0],
     }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class ActivationRows:
         held_out: [n_windows] bool, True for windows that training must not see.
         target: the shards of the site that a transcoder writes, of the same tokens in the same shards.
         budget: bytes of activations held in memory at once.
+        ahead: read the next block in a thread while one is trained on; up to twice the budget is then held. The rows
+            are the same.
 
     Attributes:
         counts: see `Counts`.
@@ -63,9 +66,12 @@ class ActivationRows:
         *,
         target: ShardReader | None = None,
         budget: int = MEMORY_BUDGET,
+        ahead: bool = False,
     ) -> None:
         self.reader, self.target, self.budget = reader, target, budget
         self._cached: tuple[tuple[int, ...], Pair] | None = None
+        self._pool = ThreadPoolExecutor(1, "greatctl-block") if ahead else None
+        self._coming: tuple[tuple[int, ...], Future[Pair]] | None = None
         self._row_bytes = 0
         self._divide(torch.tensor(sorted(special_ids), dtype=torch.int64), held_out)
         self._measure()
@@ -109,7 +115,8 @@ class ActivationRows:
         for.
         """
         for epoch in itertools.count(start.epoch):
-            for number, block in enumerate(self.blocks(seed, epoch)):
+            blocks = self.blocks(seed, epoch)
+            for number, block in enumerate(blocks):
                 here = (epoch, number)
                 if here < (start.epoch, start.block):
                     continue
@@ -118,11 +125,13 @@ class ActivationRows:
                 if first >= total:
                     continue
                 rows, target = self._load(block)
+                self._begin(blocks[number + 1] if number + 1 < len(blocks) else self.blocks(seed, epoch + 1)[0])
                 n = rows.shape[0]
                 order = torch.randperm(n, generator=generator(seed, "rows", epoch, number))
                 for batch in range(first, total):
                     chosen = order[batch * n // total : (batch + 1) * n // total]
                     yield Cursor(epoch, number, batch + 1), rows[chosen], None if target is None else target[chosen]
+                del rows, target
 
     def held_out(self, limit: int = HELD_OUT_ROWS) -> Tensor:
         """The held-out rows as float32 [n, d_in], evenly thinned to `limit` rows at most."""
@@ -145,7 +154,7 @@ class ActivationRows:
 
     def release(self) -> None:
         """Give the memory of the current block back."""
-        self._cached = None
+        self._cached = self._coming = None
 
     def _held_from(self, reader: ShardReader, name: str, limit: int, width: int) -> Tensor:
         step = max(1, -(-self.counts.held_out // limit))
@@ -164,11 +173,20 @@ class ActivationRows:
     def _load(self, block: tuple[int, ...]) -> Pair:
         if self._cached is not None and self._cached[0] == block:
             return self._cached[1]
-        self._cached = None  # first, so that two blocks are never held at once
-        rows = self._gathered(self.reader, block)
-        pair = rows, None if self.target is None else self._gathered(self.target, block)
+        self._cached = None  # first, so that no block is held for nothing
+        coming, self._coming = self._coming, None
+        pair = coming[1].result() if coming is not None and coming[0] == block else self._read(block)
         self._cached = (block, pair)
         return pair
+
+    def _begin(self, block: tuple[int, ...]) -> None:
+        """Read this block behind the training, unless it is the one in memory."""
+        if self._pool is not None and self._cached is not None and self._cached[0] != block:
+            self._coming = (block, self._pool.submit(self._read, block))
+
+    def _read(self, block: tuple[int, ...]) -> Pair:
+        rows = self._gathered(self.reader, block)
+        return rows, None if self.target is None else self._gathered(self.target, block)
 
     def _gathered(self, reader: ShardReader, block: tuple[int, ...]) -> Tensor:
         total = sum(self._train[n].numel() for n in block)

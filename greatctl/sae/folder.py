@@ -1,4 +1,4 @@
-"""A trained SAE's folder: the SAELens v6 layout, written and read with safetensors alone.
+"""A trained SAE's folder: the SAELens v6 layout, written and read with safetensors alone; other layouts, opened.
 
     cfg.json                 architecture, sizes, metadata
     sae_weights.safetensors  the tensors of the architecture (see `layout`)
@@ -6,45 +6,38 @@
 Whatever training did to its inputs is folded away before writing, `normalize_activations` is "none", and
 decoder rows have norm 1; so the file works on raw activations wherever it is read. BatchTopK and Matryoshka are
 written as a JumpReLU, which is what they are at inference, and transcoders as SAELens's with thresholds. An
-architecture that SAELens does not know keeps its own name, and is read through the registry.
+architecture that SAELens does not know keeps its own name, and is read through the registry. Folders of other programs
+(`foreign`) open as the same `LoadedSAE`, and `foreign_write` writes two of their layouts.
 """
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..errors import InputError, IntegrityError, StageError, did_you_mean
+from ..errors import InputError, StageError, did_you_mean
 from ..store.files import write_bytes, write_json
 from .coder import Coder
+from .foreign import OWN, Foreign, recognise
+from .foreign_files import damaged, needed, read_object, read_tensors, unreadable
+from .foreign_write import write_dictionary_learning, write_sparsify, write_state_dict
 from .layout import LAYOUTS, Reading, objection
 
-__all__ = ["CONFIG", "WEIGHTS", "LoadedSAE", "Origin", "export", "load", "save"]
+__all__ = ["CONFIG", "EXPORTS", "WEIGHTS", "LoadedSAE", "Origin", "describe", "export", "load", "save"]
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS = OWN
 _LAYOUT_VERSION = "6.54.12"
 _OLDEST = 6  # earlier versions have another cfg.json
 _REQUIRED = ("architecture", "d_in", "d_sae", "dtype")
 _DTYPES = ("float32", "bfloat16", "float16")
 _TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
-_OTHER_LAYOUTS = {
-    "sae.safetensors": "sparsify",
-    "ae.pt": "dictionary_learning",
-    "params.npz": "Gemma Scope",
-    "params.safetensors": "Gemma Scope 2",
-    "hyperparams.json": "Llama Scope",
-}
-EXPORTS = ("saelens", "pth")
+EXPORTS = ("saelens", "sparsify", "dictionary_learning", "pth")
 
 
 class Registry(Protocol):
@@ -102,7 +95,12 @@ class LoadedSAE:
         return self.W_dec.shape[0]
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latent activations [n, d_sae] >= 0 of raw activations x [n, d_in]."""
+        """Latent activations [n, d_sae] >= 0 of raw activations x [n, d_in].
+
+        Raises:
+            InputError: x has another width.
+        """
+        self._must_fit(x)
         with torch.no_grad():
             return self._encode(x)
 
@@ -112,9 +110,19 @@ class LoadedSAE:
             return self._decode(latents)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """What it makes of raw activations x [n, d_in]: [n, d_out]."""
+        """What it makes of raw activations x [n, d_in]: [n, d_out]. Errors as `encode`."""
+        self._must_fit(x)
         with torch.no_grad():
             return self._reconstruct(x)
+
+    def _must_fit(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_in:
+            raise InputError(
+                f"{self.name} reads {self.d_in} numbers, and was given {x.shape[-1]}",
+                why=f"these are not the activations of {self.hook_point or 'the place'} that it was trained on",
+                fix="choose the model that the SAE was trained on, or another SAE",
+                code="another-model",
+            )
 
 
 def save(folder: Path, coder: Coder, scale: float, origin: Origin, *, target_scale: float = 1.0) -> None:
@@ -165,18 +173,20 @@ def save(folder: Path, coder: Coder, scale: float, origin: Origin, *, target_sca
 
 
 def load(folder: Path, registry: Registry | None = None, *, device: str | torch.device = "cpu") -> LoadedSAE:
-    """Open a folder in the SAELens layout.
+    """Open a folder in SAELens's layout, or in one of `foreign`'s.
 
     Raises:
         InputError: the folder is missing, or in another layout or architecture than is known here.
-        IntegrityError: cfg.json or the weights cannot be read, or do not fit each other.
+        IntegrityError: the config or the weights cannot be read, or do not fit each other.
     """
-    cfg = _read_cfg(folder)
-    tensors = {k: v.to(device, torch.float32) for k, v in _read_weights(folder).items()}
+    layout = recognise(folder)
+    cfg = _read_cfg(folder) if layout is None else layout.describe(folder)
+    tensors = read_tensors(folder / WEIGHTS) if layout is None else layout.tensors(folder, cfg)
+    tensors = {k: v.to(device, torch.float32) for k, v in tensors.items()}
     metadata = cfg.get("metadata") or {}
     architecture = str(cfg["architecture"])
-    if architecture in LAYOUTS:
-        _check(folder, cfg, tensors)
+    if layout is not None or architecture in LAYOUTS:
+        _check(folder / (layout.files[-1] if layout else WEIGHTS), cfg, tensors)
         reader: Reading | Coder = Reading(cfg, tensors)
     else:
         reader = _through_registry(folder, architecture, metadata, tensors, registry).to(device)
@@ -194,22 +204,40 @@ def load(folder: Path, registry: Registry | None = None, *, device: str | torch.
     )
 
 
-def export(folder: Path, form: str) -> Path:
-    """Write exports/ in a finished SAE's folder: `saelens` (a folder of the two files) or `pth` (a state
-    dict).
+def describe(folder: Path) -> tuple[dict, tuple[str, ...]]:
+    """What a folder says of itself in cfg.json's words, and the files that it consists of; no weights are read.
 
-    The `.pth` file is for other programs; greatctl never reads one back.
+    Raises: as `load`, but for what only the weights show.
     """
-    if form == "saelens":
-        target = folder / "exports" / "saelens"
-        for name in (CONFIG, WEIGHTS):
-            write_bytes(target / name, (folder / name).read_bytes())
-        return target
-    target = folder / "exports" / f"{folder.name}.pth"
-    sink = io.BytesIO()
-    torch.save({"cfg": _read_cfg(folder), "state_dict": _read_weights(folder)}, sink)
-    write_bytes(target, sink.getvalue())
-    return target
+    layout: Foreign | None = recognise(folder)
+    return (read_object(folder / CONFIG), OWN) if layout is None else (layout.describe(folder), layout.files)
+
+
+def export(folder: Path, form: str, *, say: Callable[[str], None] | None = None) -> Path:
+    """Write exports/ in a finished SAE's folder, for other programs.
+
+    Args:
+        form: `saelens` (a folder of the two files), `sparsify`, `dictionary_learning` or `pth` (a state dict, which
+            greatctl never reads back).
+        say: told where the exported SAE is not quite the same one.
+
+    Returns:
+        The folder that the other program opens, or the file.
+
+    Raises:
+        UsageError: that program has no such architecture.
+    """
+    cfg, tensors = _read_cfg(folder), read_tensors(folder / WEIGHTS)
+    exports = folder / "exports"
+    if form == "sparsify":
+        return write_sparsify(exports / "sparsify", cfg, tensors, say or (lambda text: None))
+    if form == "dictionary_learning":
+        return write_dictionary_learning(exports / "dictionary_learning", cfg, tensors)
+    if form == "pth":
+        return write_state_dict(exports / f"{folder.name}.pth", cfg, tensors)
+    for name in OWN:
+        write_bytes(exports / "saelens" / name, (folder / name).read_bytes())
+    return exports / "saelens"
 
 
 def _through_registry(
@@ -237,38 +265,17 @@ def _through_registry(
         coder = cls(cls.Config(**metadata["greatctl_config"]))
         coder.load_state_dict(tensors)
     except (ValueError, TypeError, RuntimeError) as error:  # pydantic's error is a ValueError
-        raise _damaged(folder / WEIGHTS, f"it does not fit the architecture {architecture!r}: {error}") from error
+        raise damaged(folder / WEIGHTS, f"it does not fit the architecture {architecture!r}: {error}") from error
     return coder.eval()
 
 
 def _read_cfg(folder: Path) -> dict:
     path = folder / CONFIG
-    other = next((layout for name, layout in _OTHER_LAYOUTS.items() if (folder / name).exists()), None)
-    if not (folder / WEIGHTS).exists() or not path.exists():
-        found = (
-            f"it is in the layout of {other}, which is not read yet"
-            if other
-            else f"there is no {CONFIG} with {WEIGHTS}"
-        )
-        raise InputError(
-            f"{folder} is not an SAE that can be read",
-            why=found,
-            fix="name a folder in SAELens layout, or a trained SAE (`greatctl status` lists them)",
-            where=str(folder),
-            code="unknown-layout",
-        )
-    try:
-        cfg = json.loads(path.read_bytes())
-        missing = [key for key in _REQUIRED if cfg.get(key) is None]
-    except (OSError, ValueError, AttributeError) as error:  # the last: it is JSON, and no object
-        raise _damaged(path, str(error)) from error
-    if missing:
-        raise _damaged(path, "missing: " + ", ".join(missing))
+    cfg = read_object(path)
+    needed(path, cfg, *_REQUIRED)
     refusal = _refusal(cfg)
     if refusal:
-        raise InputError(
-            f"{path}: {refusal[0]}", why=refusal[1], fix=refusal[2], where=str(path), code="unreadable-cfg"
-        )
+        raise unreadable(path, *refusal)
     return cfg
 
 
@@ -295,15 +302,7 @@ def _refusal(cfg: Mapping) -> tuple[str, str, str] | None:
     return None
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    try:
-        return load_tensors(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _check(folder: Path, cfg: Mapping, tensors: dict[str, Tensor]) -> None:
+def _check(path: Path, cfg: Mapping, tensors: dict[str, Tensor]) -> None:
     """Tensors and cfg.json fit each other; a `scaling_factor` of ones, which some files carry, is dropped."""
     factor = tensors.get("scaling_factor")
     if factor is not None and bool((factor == 1).all()):
@@ -313,10 +312,4 @@ def _check(folder: Path, cfg: Mapping, tensors: dict[str, Tensor]) -> None:
         broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
         why = f"NaN or infinity in {', '.join(broken)}" if broken else None
     if why:
-        raise _damaged(folder / WEIGHTS, why)
-
-
-def _damaged(path: Path, why: str) -> IntegrityError:
-    return IntegrityError(
-        f"{path} is damaged", why=why, fix="train the SAE again, or fetch the folder again", where=str(path)
-    )
+        raise damaged(path, why)

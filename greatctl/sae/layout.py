@@ -8,6 +8,10 @@
     transcoder           relu(p), x as it is, writes d_out       skip_transcoder   the same + x W_skip^T
     jumprelu_transcoder, jumprelu_skip_transcoder                with a threshold a latent
 
+Other programs' folders are put into the same words by their readers (`foreign`), with three architectures more (`OTHERS`:
+topk with a skip, transcoders with topk) and two settings: `glu` multiplies p by sigmoid(x W_glu + b_glu), and
+`rescale_acts_by_decoder_norm` lets topk compare p_i |W_dec_i|.
+
 Reading is strict, since a file that is misread gives numbers that look right: tensors beyond the table or missing, a
 width that is not named, a normalisation that is not in the file, and an architecture that is not here are refused by
 name.
@@ -17,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "Layout", "Reading", "objection"]
+__all__ = ["LAYOUTS", "OTHERS", "Layout", "Reading", "as_cfg", "objection"]
 
 _Activate = Callable[[Tensor, Mapping[str, Tensor], int], Tensor]
 
@@ -36,7 +41,7 @@ def _jumprelu(pre_acts: Tensor, tensors: Mapping[str, Tensor], k: int) -> Tensor
 
 def _topk(pre_acts: Tensor, tensors: Mapping[str, Tensor], k: int) -> Tensor:
     values, places = pre_acts.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter(-1, places, values.relu())
+    return torch.zeros_like(pre_acts).scatter_(-1, places, values.relu())
 
 
 def _gated(h: Tensor, tensors: Mapping[str, Tensor], k: int) -> Tensor:
@@ -56,7 +61,7 @@ class Layout:
     """
 
     activate: _Activate
-    tensors: Mapping[str, tuple[str, ...]]
+    tensors: dict[str, tuple[str, ...]]
     transcoder: bool = False
     keys: tuple[str, ...] = ()
 
@@ -75,6 +80,52 @@ LAYOUTS = {
     "jumprelu_transcoder": Layout(_jumprelu, _FOUR | _THRESHOLD, True, ("d_out",)),
     "jumprelu_skip_transcoder": Layout(_jumprelu, _FOUR | _THRESHOLD | _SKIP, True, ("d_out",)),
 }
+OTHERS = {  # what other programs have besides; no SAELens folder can say so
+    "topk_skip": Layout(_topk, _FOUR | _SKIP, keys=("k",)),
+    "topk_transcoder": Layout(_topk, _FOUR, True, ("k", "d_out")),
+    "topk_skip_transcoder": Layout(_topk, _FOUR | _SKIP, True, ("k", "d_out")),
+}
+_GLU = {"W_glu": ("d_in", "d_sae"), "b_glu": ("d_sae",)}
+
+
+def as_cfg(
+    architecture: str,
+    d_in: int,
+    d_sae: int,
+    *,
+    layout: str,
+    hook_point: str | None,
+    model: str | None,
+    target: str | None = None,
+    shifted: bool = True,
+    trained_as: str | None = None,
+    extra: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """What another program's folder says, as a cfg.json of SAELens.
+
+    Args:
+        layout: whose folder it is.
+        target: the site that a transcoder writes.
+        shifted: b_dec is subtracted from the input.
+        trained_as: the architecture's name in training, where it differs.
+        extra: further keys (`k`, `d_out`, `glu`).
+    """
+    return {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "apply_b_dec_to_input": shifted,
+        "normalize_activations": "none",
+        **(extra or {}),
+        "metadata": {
+            "layout": layout,
+            "model_name": model,
+            "hook_name": hook_point,
+            "hook_name_out": target,
+            "training_architecture": trained_as or architecture,
+        },
+    }
 
 
 class Reading:
@@ -86,12 +137,12 @@ class Reading:
     """
 
     def __init__(self, cfg: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-        self.layout = LAYOUTS[str(cfg["architecture"])]
+        self.layout = (LAYOUTS | OTHERS)[str(cfg["architecture"])]
         self.tensors = tensors
         self.k = int(cfg.get("k") or 0)  # type: ignore[call-overload]
         self.W_enc, self.W_dec, self.b_dec = (tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
         self.shifted = not self.layout.transcoder and bool(cfg.get("apply_b_dec_to_input", True))
-        rescaled = cfg["architecture"] == "topk" and bool(cfg.get("rescale_acts_by_decoder_norm"))
+        rescaled = self.layout.activate is _topk and bool(cfg.get("rescale_acts_by_decoder_norm"))
         self.norms = self.W_dec.norm(dim=1) if rescaled else None
 
     def encode(self, x: Tensor) -> Tensor:
@@ -100,6 +151,8 @@ class Reading:
         pre_acts = (x - self.b_dec if self.shifted else x) @ self.W_enc
         if "b_enc" in self.tensors:
             pre_acts = pre_acts + self.tensors["b_enc"]
+        if "W_glu" in self.tensors:
+            pre_acts = pre_acts * (x @ self.tensors["W_glu"] + self.tensors["b_glu"]).sigmoid()
         if self.norms is not None:
             pre_acts = pre_acts * self.norms
         return self.layout.activate(pre_acts, self.tensors, self.k)
@@ -116,7 +169,7 @@ class Reading:
 
 def objection(cfg: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str | None:
     """Why these tensors cannot be those of this cfg.json, of an architecture of the table; None where they can."""
-    layout = LAYOUTS[str(cfg["architecture"])]
+    layout = (LAYOUTS | OTHERS)[str(cfg["architecture"])]
     sizes = {name: cfg.get(name) for name in ("d_in", "d_sae", *layout.keys)}
     odd = [f"{name} {size!r}" for name, size in sizes.items() if isinstance(size, bool) or not _positive(size)]
     if odd:
@@ -126,7 +179,8 @@ def objection(cfg: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str |
     if "k" in sizes and int(cfg["k"]) > int(cfg["d_sae"]):  # type: ignore[call-overload]
         return f"k {cfg['k']} is above d_sae {cfg['d_sae']}"
     sizes.setdefault("d_out", cfg["d_in"])
-    wanted = {name: tuple(sizes[size] for size in shape) for name, shape in layout.tensors.items()}
+    named = layout.tensors | _GLU if cfg.get("glu") else layout.tensors
+    wanted = {name: tuple(sizes[size] for size in shape) for name, shape in named.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [
         f"{name} is {list(found[name]) if name in found else 'missing'}"

@@ -1,5 +1,8 @@
 """From rows to a finished SAE folder: choose the lengths, train, set thresholds, save, read back, measure.
 
+`produce` does it for one SAE; `begin` and `finish` are its two ends, between which several may be trained in one walk
+over the rows.
+
 What is measured is the folder as it was saved, opened again by the reader that everybody else uses; a fault
 in folding or saving shows up in the numbers.
 """
@@ -29,8 +32,9 @@ from .rows import Rows
 from .schedule import LARGEST_BATCH, Settings, default_batch_size, default_dead_window, default_lr
 from .setup import build
 from .trainer import Trainer
+from .walk import walk
 
-__all__ = ["CHECKPOINTS", "Request", "default_batch_size", "produce", "settings_for"]
+__all__ = ["CHECKPOINTS", "HeldOut", "Request", "begin", "default_batch_size", "finish", "produce", "settings_for"]
 
 CHECKPOINTS = "checkpoints"
 _WARMUP_STEPS = 1000
@@ -42,7 +46,7 @@ _WARMUP_FIELDS = ("l1_warmup_steps", "l0_warmup_steps")  # 0 in an architecture'
 class Request:
     """What to train. `length` is ("steps" | "tokens" | "epochs", number); None means: as fits the data.
 
-    `frozen_decoder` leaves the decoder as it was drawn (a control).
+    `frozen_decoder` leaves the decoder as it was drawn (a control); `shuffle_seed` is `seed` where it is None.
     """
 
     cls: type[Coder]
@@ -53,6 +57,21 @@ class Request:
     checkpoint_every: int = 500
     seed: int = 0
     frozen_decoder: bool = False
+    shuffle_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an SAE is measured on: rows [n, d_in] and targets [n, d_out] or None, float32; the window [n] of each."""
+
+    rows: Tensor
+    target: Tensor | None
+    windows: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> HeldOut:
+        """The held-out part of `rows`, read once."""
+        return cls(rows.held_out(), rows.held_out_target(), rows.held_out_windows())
 
 
 def settings_for(request: Request, rows: Rows) -> Settings:
@@ -62,7 +81,8 @@ def settings_for(request: Request, rows: Rows) -> Settings:
     tokens = {"epochs": number * train, "tokens": number}.get(unit)
     batch = request.batch_size or default_batch_size(train, tokens)
     if unit == "epochs":
-        steps = rows.steps(request.seed, batch, number)
+        order = request.seed if request.shuffle_seed is None else request.shuffle_seed
+        steps = rows.steps(order, batch, number)
     else:
         steps = number if tokens is None else -(-tokens // min(batch, train))
     return Settings(
@@ -74,6 +94,7 @@ def settings_for(request: Request, rows: Rows) -> Settings:
         checkpoint_every=request.checkpoint_every,
         log_every=max(1, steps // _LOG_POINTS),
         seed=request.seed,
+        shuffle_seed=request.shuffle_seed,
     )
 
 
@@ -109,6 +130,29 @@ def produce(
     Raises:
         StageError: training diverged, or its weights are not finite; nothing is written.
     """
+    trainer = begin(folder, rows, request, run, device)
+    walked = walk([trainer])
+    run.notice(f"train: waited for rows: {walked.waited / walked.seconds:.1%}")
+    rows.release()
+    summary = finish(
+        folder, trainer, HeldOut.of(rows), origin, registry=registry, ce=ce, facts=facts, labels=labels
+    )  # fmt: skip
+    trained = trainer.step > trainer.resumed_at
+    rate = (trainer.tokens - trainer.resumed_tokens) / walked.seconds
+    return {
+        **summary,
+        "tokens_per_second": round(rate, 1) if trained else None,
+        "waited_for_rows": round(walked.waited / walked.seconds, 4),
+    }
+
+
+def begin(folder: Path, rows: Rows, request: Request, run: Run, device: str | torch.device = "cpu") -> Trainer:
+    """A trainer for `request`, at the newest checkpoint in `folder`.
+
+    Raises:
+        PluginError: the architecture breaks its contract.
+        ResourceError: the coder does not fit the device.
+    """
     settings = settings_for(request, rows)
     _say(run, rows, request, settings)
     coder = build(request.cls, _config(request, settings), request.seed)
@@ -118,19 +162,36 @@ def produce(
     trainer = Trainer(coder, rows, settings, Checkpoints(folder / CHECKPOINTS), run, device, curve)
     if trainer.resumed_at:
         run.notice(f"train: resumed at step {trainer.resumed_at:,} of {settings.steps:,}")
-    rate = trainer.fit()
-    rows.release()
-    held_out = rows.held_out()
-    if held_out.shape[0]:
-        coder.calibrate(held_out.to(device) * trainer.scale)
+    return trainer
+
+
+def finish(
+    folder: Path,
+    trainer: Trainer,
+    held_out: HeldOut,
+    origin: Origin,
+    *,
+    registry: Registry | None = None,
+    ce: Callable[[Edit | None], float] | None = None,
+    facts: Mapping[str, object] | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, object]:
+    """Calibrate, save and measure what `trainer` has learnt; arguments and result as of `produce`, less the rate.
+
+    Raises:
+        StageError: its weights are not finite.
+    """
+    coder, settings, run = trainer.coder, trainer.settings, trainer.run
+    if held_out.rows.shape[0]:
+        coder.calibrate(held_out.rows.to(trainer.device) * trainer.scale)
     save(folder, coder, trainer.scale, origin, target_scale=trainer.target_scale)
     _check_finite(folder)
-    measured = _measure(folder, rows, held_out, labels or {}, ce, registry, device)
+    measured = _measure(folder, held_out, labels or {}, ce, registry, trainer.device)
     dead = float(trainer.dead.float().mean())
     measured |= {"dead_fraction": dead, "dead_window": settings.dead_window}
     _warn(run, dead, measured)
     write_evaluation(folder, measured)
-    write_json(folder / "training.json", _record(trainer, rows, origin, facts or {}))
+    write_json(folder / "training.json", _record(trainer, trainer.rows, origin, facts or {}))
     write_table(folder / "metrics.parquet", columns(trainer.log))
     return {
         "arch": coder.name,
@@ -142,14 +203,13 @@ def produce(
         "ce_loss_recovered": measured["ce_loss_recovered"],
         "steps": settings.steps,
         "tokens": trainer.tokens,
-        "tokens_per_second": round(rate, 1) if trainer.step > trainer.resumed_at else None,
+        "stepping": trainer.stepping.name,
     }
 
 
 def _measure(
     folder: Path,
-    rows: Rows,
-    held_out: Tensor,
+    held_out: HeldOut,
     labels: Mapping[str, Sequence[str]],
     ce: Callable[[Edit | None], float] | None,
     registry: Registry | None,
@@ -157,11 +217,10 @@ def _measure(
 ) -> dict[str, Any]:
     """The saved folder, opened again and measured on held-out rows."""
     sae = load(folder, registry, device=device)
-    target = rows.held_out_target()
-    windows: list[int] = rows.held_out_windows().tolist()
+    windows: list[int] = held_out.windows.tolist()
     groups = {grouping: [of[window] for window in windows] for grouping, of in labels.items()}
-    measured = evaluate(sae, held_out, target=target, groups=groups, device=device)
-    wanted = held_out if target is None else target
+    measured = evaluate(sae, held_out.rows, target=held_out.target, groups=groups, device=device)
+    wanted = held_out.rows if held_out.target is None else held_out.target
     if ce is None:
         return measured | dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_loss_recovered"))
     return measured | cross_entropy(ce, sae, mean=wanted.mean(dim=0) if wanted.shape[0] else None)
@@ -201,6 +260,8 @@ def _say(run: Run, rows: Rows, request: Request, settings: Settings) -> None:
     )
     if request.batch_size is None and settings.batch_size < LARGEST_BATCH:
         run.notice(f"train: the data is small, so a batch has {settings.batch_size} rows instead of {LARGEST_BATCH}")
+    elif settings.batch_size > counts.train:
+        run.notice(f"train: a batch has {counts.train} rows instead of {settings.batch_size}: there are no more")
     reads = settings.steps * min(settings.batch_size, counts.train) / counts.train
     if reads > 1.05:
         run.notice(f"train: each row is read {reads:.1f} times; judge by the held-out numbers, not by the curve")
@@ -226,6 +287,8 @@ def _record(trainer: Trainer, rows: Rows, origin: Origin, facts: Mapping[str, ob
     paired = origin.target_hook_point is not None
     settings = asdict(trainer.settings)
     settings.pop("checkpoint_every")
+    if settings["shuffle_seed"] is None:
+        settings.pop("shuffle_seed")
     return {
         "arch": coder.name,
         "config": coder.config.model_dump(mode="json"),

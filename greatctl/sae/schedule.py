@@ -29,6 +29,7 @@ class Settings:
         dead_window: tokens without firing after which a latent counts as dead.
         checkpoint_every, log_every: steps.
         seed: of the initialisation, the shuffle and whatever an architecture draws.
+        shuffle_seed: of the shuffle alone; None = `seed`.
     """
 
     steps: int
@@ -39,6 +40,12 @@ class Settings:
     checkpoint_every: int
     log_every: int
     seed: int
+    shuffle_seed: int | None = None
+
+    @property
+    def order(self) -> int:
+        """The seed of the shuffle."""
+        return self.seed if self.shuffle_seed is None else self.shuffle_seed
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

@@ -48,7 +48,7 @@ class TopK(Coder):
     def select(self, pre_acts: Tensor, whole: Whole | None = None) -> Tensor:
         """Latents [n, d_sae] from pre-activations [n, d_sae]; `whole` where they are a part of a batch."""
         values, places = pre_acts.topk(self.config.k, dim=1, sorted=False)
-        return torch.zeros_like(pre_acts).scatter(1, places, values.relu())
+        return torch.zeros_like(pre_acts).scatter_(1, places, values.relu())
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents [n, d_sae], at most k of them positive in a row."""

@@ -1,37 +1,37 @@
-"""The training loop, for every architecture.
+"""What one coder learns from a stream of batches, for every architecture; `walk` brings the batches.
 
-A step: backward, gradient projection, clip to norm 1, Adam, unit rows. Inputs (and a transcoder's targets) are
-scaled to norm sqrt(d) on average; the scale is folded away when the SAE is saved.
+A step: backward, gradient projection, clip to norm 1, Adam, unit rows (see `step`). Inputs (and a transcoder's
+targets) are scaled to norm sqrt(d) on average; the scale is folded away when the SAE is saved.
 
 A killed run continues to the same bytes (on a CPU): a checkpoint holds the parameters, Adam's moments, the
 dead-latent counter and the log, and names the next batch by a cursor; the random numbers of a step depend on
 (seed, step) alone.
 
-Nothing in a step makes the CPU wait for a GPU: losses stay on the device until `divergence.Watch` looks at them,
-and the curve is written at a few hundred points of a run.
+Nothing in a step makes the CPU wait for a GPU: losses and the curve's points stay on the device until
+`divergence.Watch` looks at them.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from ..errors import InterruptedRun, StageError
+from ..errors import StageError
 from ..events import Run
 from .checkpoints import Checkpoints
 from .coder import Coder
-from .curve import Curve, glance
+from .curve import Curve, Point, fetched, glance
 from .divergence import Trouble, Watch
-from .feed import feed
-from .micro import Parts, gradients, memory_errors
+from .fast import choose
+from .micro import Parts, memory_errors
 from .rows import Cursor, Rows, derive
 from .schedule import Settings
-from .setup import adam, build
+from .setup import build
+from .walk import walk
 
 __all__ = ["Checkpoints", "Settings", "Trainer", "build"]
 
@@ -52,7 +52,8 @@ class Trainer:
 
     Attributes:
         scale, target_scale: factors on inputs and targets, sqrt(d) / mean norm (1 without targets).
-        resumed_at: the step at which an earlier run was taken up (0 = none).
+        resumed_at, resumed_tokens: the step at which an earlier run was taken up (0 = none), and its tokens.
+        cursor: the next batch.
 
     Raises:
         ResourceError: the coder does not fit the device.
@@ -76,13 +77,12 @@ class Trainer:
         with memory_errors():
             self.coder = coder.to(self.device).train()
             self._start()
-            self.trained = {n: p for n, p in coder.named_parameters() if not (coder.frozen_decoder and n == "W_dec")}
-            self.adam = adam(list(self.trained.values()), settings.lr)
-        self.parts = Parts(run)
+            self.stepping = choose(self.coder, settings.lr, run, self.device)
         self.watch = Watch(settings.warmup_steps, _LOOK_EVERY if self.device.type == "cuda" else 1)
         self.since_fired = torch.zeros(coder.config.d_sae, dtype=torch.int64, device=self.device)
-        self.step, self.resumed_at, self.tokens = 0, 0, 0
+        self.step, self.resumed_at, self.tokens, self.resumed_tokens = 0, 0, 0, 0
         self.cursor = Cursor()
+        self._points: list[Point] = []
         self._restore()
 
     @property
@@ -91,99 +91,58 @@ class Trainer:
         return self.since_fired > self.settings.dead_window
 
     @property
+    def parts(self) -> Parts:
+        """Into how many parts a batch is cut."""
+        return self.stepping.parts
+
+    @property
     def log(self) -> list[dict[str, float]]:
         """One row a logged step."""
         return self.curve.rows
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is taken."""
+        return self.step >= self.settings.steps
+
     def fit(self) -> float:
-        """Train to the last step; returns tokens per second of this call.
+        """Train to the last step; returns tokens per second of this call. Raises: as `walk`."""
+        first = self.tokens
+        return (self.tokens - first) / walk([self]).seconds
+
+    def take(self, x: Tensor, target: Tensor | None, cursor: Cursor) -> None:
+        """One step on a scaled batch.
+
+        Args:
+            x: [n, d_in] float32; target: [n, d_out], where there is one.
+            cursor: the batch after this one.
 
         Raises:
-            StageError: the loss or a gradient is not finite, or has exploded; the last good checkpoint stays.
+            StageError: a step since the last look went wrong (`diverged`); the weights may be spoilt, the checkpoint
+                is not.
             ResourceError: memory ran out, and smaller parts of a batch did not help.
-            InterruptedRun: a stop was requested; a checkpoint is written first.
         """
-        began, first, last_saved = time.monotonic(), self.tokens, self.step
-        stream = self.rows.stream(self.settings.seed, self.settings.batch_size, self.cursor)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), memory_errors(), feed(stream, self.device) as batches:
-            while self.step < self.settings.steps:
-                try:
-                    cursor, rows, target = next(batches)
-                except InterruptedRun:  # while rows were being harvested: this step has not begun
-                    self._save()
-                    raise
-                x = rows.float() * self.scale
-                self._one_step(x, None if target is None else target.float() * self.target_scale, cursor)
-                self.cursor, self.step, self.tokens = cursor, self.step + 1, self.tokens + x.shape[0]
-                self.run.progress("train", self.step, self.settings.steps, "steps", already=self.resumed_at)
-                due = self.step - last_saved >= self.settings.checkpoint_every and self.checkpoints.affordable
-                if due or self.run.stopping or self.step == self.settings.steps:
-                    self._save()
-                    last_saved = self.step
-                    self.run.stop_here()
-        return (self.tokens - first) / max(time.monotonic() - began, 1e-9)
-
-    def _one_step(self, x: Tensor, target: Tensor | None, cursor: Cursor) -> None:
-        step, coder = self.step, self.coder
-        for group in self.adam.param_groups:
-            group["lr"] = self.settings.lr_at(step)
-        dead = self.dead
-        terms = self.parts.attempt(lambda: self._gradients(x, target, dead), self._undo, x.shape[0])
-        loss = torch.stack(tuple(terms.values())).sum()
-        coder.project_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
-        self.watch.note(step, cursor, loss, norm)
-        logged = step % self.settings.log_every == 0 or step == self.settings.steps - 1
-        if logged or self.watch.due:
+        step = self.step
+        seed = derive(self.settings.seed, "step", step)
+        taken = self.stepping.gradients(x, target, dead=self.dead, step=step, seed=seed)
+        loss = torch.stack(tuple(taken.terms.values())).sum()
+        self.watch.note(step, cursor, loss, taken.norm)
+        if step % self.settings.log_every == 0 or step == self.settings.steps - 1:
+            self._points.append(self._point(x, target, taken.terms, loss))
+        if self.watch.due:
             self._look()
-        if logged:
-            self._note(x, target, terms, loss)
-        fired = coder.take_fired(x)
-        self.adam.step()
-        coder.after_step()
-        self.since_fired.add_(x.shape[0]).masked_fill_(fired, 0)
+        self.stepping.update(self.settings.lr_at(step))
+        self.since_fired.add_(x.shape[0]).masked_fill_(taken.fired, 0)
+        self.cursor, self.step, self.tokens = cursor, step + 1, self.tokens + x.shape[0]
 
-    def _gradients(self, x: Tensor, target: Tensor | None, dead: Tensor) -> dict[str, Tensor]:
-        """One attempt at the batch's gradients; returns its loss terms, without their graphs."""
-        torch.manual_seed(derive(self.settings.seed, "step", self.step))
-        self.adam.zero_grad(set_to_none=True)
-        return gradients(self.coder, self.parts, x, target, dead=dead, step=self.step)
+    def save(self) -> None:
+        """Write a checkpoint, once every step before it was looked at.
 
-    def _undo(self) -> None:
-        """Forget an attempt that ran out of memory."""
-        self.adam.zero_grad(set_to_none=True)
-        self.coder._fired = None
-
-    def _note(self, x: Tensor, target: Tensor | None, terms: Mapping[str, Tensor], loss: Tensor) -> None:
-        """One point of the curve, on the batch and the parameters of this step."""
-        row = {"step": self.step, "tokens": self.tokens, **{name: term.item() for name, term in terms.items()}}
-        row |= {"loss": loss.item(), **glance(self.coder, self.parts, x, target)}
-        row |= {"dead_fraction": float(self.dead.float().mean()), "lr": self.settings.lr_at(self.step)}
-        self.curve.add(row)
-        self.run.metric(**row)  # type: ignore[arg-type]
-
-    def _look(self) -> None:
-        """Stop the run if a step since the last look went wrong; the weights may be spoilt, the checkpoint is not."""
-        if trouble := self.watch.look():
-            raise self._diverged(trouble)
-
-    def _diverged(self, trouble: Trouble) -> StageError:
-        found = self.checkpoints.latest()
-        back = f"the last good state is that of step {found[1]['step']}" if found else "no step was kept"
-        return StageError(
-            f"training diverged at step {trouble.step}",
-            why=f"{trouble.words}; the batch before {asdict(trouble.cursor)}; {back}",
-            fix=f"train again from the start with a lower rate, for example --force --lr {self.settings.lr / 3:.1e}",
-            code="diverged",
-        )
-
-    def _save(self) -> None:
+        Raises:
+            StageError: a step went wrong; nothing is written.
+        """
         self._look()
-        tensors = {f"coder.{k}": v for k, v in self.coder.state_dict().items()}
-        for name, parameter in self.trained.items():
-            tensors |= {f"adam.{name}.{k}": v for k, v in self.adam.state[parameter].items()}
-        tensors["since_fired"] = self.since_fired
+        tensors = {**self.stepping.state(), "since_fired": self.since_fired}
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -196,6 +155,33 @@ class Trainer:
         }
         self.checkpoints.write(self.step, tensors, state)
 
+    def _point(self, x: Tensor, target: Tensor | None, terms: Mapping[str, Tensor], loss: Tensor) -> Point:
+        """A point of the curve, on the batch and the parameters of this step."""
+        point: Point = {"step": self.step, "tokens": self.tokens, **terms}
+        point |= {"loss": loss, **glance(self.coder, self.parts, x, target)}
+        return point | {"dead_fraction": self.dead.float().mean(), "lr": self.settings.lr_at(self.step)}
+
+    def _look(self) -> None:
+        """Publish the curve's points; stop the run if a step since the last look went wrong."""
+        trouble = self.watch.look()
+        good = [point for point in self._points if trouble is None or point["step"] < trouble.step]
+        self._points = []
+        for row in fetched(good):
+            self.curve.add(row)
+            self.run.metric(**row)  # type: ignore[arg-type]
+        if trouble:
+            raise self._diverged(trouble)
+
+    def _diverged(self, trouble: Trouble) -> StageError:
+        found = self.checkpoints.latest()
+        back = f"the last good state is that of step {found[1]['step']}" if found else "no step was kept"
+        return StageError(
+            f"training diverged at step {trouble.step}",
+            why=f"{trouble.words}; the batch before {asdict(trouble.cursor)}; {back}",
+            fix=f"train again from the start with a lower rate, for example --force --lr {self.settings.lr / 3:.1e}",
+            code="diverged",
+        )
+
     def _start(self) -> None:
         mean = (self.rows.mean * self.scale).to(self.device, torch.float32)
         of = self.rows.target_mean if self.coder.reads_target else None
@@ -207,14 +193,10 @@ class Trainer:
         if found is None:
             return
         tensors, state = found
-        prefix = "coder."
-        self.coder.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for name, parameter in self.trained.items():
-            for key, value in self.adam.state[parameter].items():
-                value.copy_(tensors[f"adam.{name}.{key}"])
+        self.stepping.restore(tensors)
         self.since_fired = tensors["since_fired"].to(self.device)
         self.step = self.resumed_at = int(state["step"])
-        self.tokens = int(state["tokens"])
+        self.tokens = self.resumed_tokens = int(state["tokens"])
         self.cursor = Cursor(**state["cursor"])
         self.parts.count = int(state["parts"])
         self.coder.counts.update(state["counts"])

@@ -7,6 +7,7 @@ Each architecture, a plugin's too, declares its own settings. The common ones ha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
@@ -15,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from ..errors import GreatctlError, ManifestError, UsageError, did_you_mean
 from .context import Context, StageConfig
 
-__all__ = ["ARCH_FLAGS", "architecture_options", "one_of", "pairs"]
+__all__ = ["ARCH_FLAGS", "architecture_options", "one_of", "option_value", "pairs", "sweeps"]
 
 ARCH_FLAGS = ("k", "l1_coefficient", "decoder_norm_weighted", "aux_coefficient")
 _GIVEN_ELSEWHERE = {
@@ -25,6 +26,7 @@ _GIVEN_ELSEWHERE = {
 }
 _WIDE = 1024  # from this d_model on, 64 active latents instead of 32
 _COEFFICIENTS = ("l1_coefficient", "l0_coefficient")  # given, they say how sparse, so that k has no default
+_VALUES = re.compile(r"[^,\[]*\[[^\]]*\][^,]*|[^,]+")  # between commas that stand in no brackets
 _RANK = {"flag": 3, "env": 2, "sources.toml": 1}
 
 
@@ -38,7 +40,22 @@ def pairs(value: object) -> object:
         key, equals, text = word.partition("=")
         if not equals or not key.strip():
             raise PydanticCustomError("option_form", "{word} is not of the form KEY=VALUE", {"word": word})
-        found[key.strip().replace("-", "_")] = _value(text.strip())
+        found[key.strip().replace("-", "_")] = option_value(text.strip())
+    return found
+
+
+def sweeps(value: object) -> object:
+    """KEY=A,B words (a list, or one text with `;` between them) as key -> values; a value in brackets may hold commas."""
+    if not isinstance(value, str | list | tuple):
+        return value
+    words = value.split(";") if isinstance(value, str) else [str(word) for word in value]
+    found: dict[str, list[str]] = {}
+    for word in filter(None, (word.strip() for word in words)):
+        key, equals, text = word.partition("=")
+        values = [one.strip() for one in _VALUES.findall(text) if one.strip()]
+        if not equals or not key.strip() or not values:
+            raise PydanticCustomError("sweep_form", "{word} is not of the form KEY=A,B", {"word": word})
+        found.setdefault(key.strip().replace("-", "_"), []).extend(values)
     return found
 
 
@@ -134,7 +151,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _value(text: str) -> object:
+def option_value(text: str) -> object:
     """A list, a table or null is read as JSON; anything else stays a text, which the schema turns into its type."""
     if text.startswith(("[", "{")) or text == "null":
         try:

@@ -7,20 +7,19 @@ training the same facts (`meta`, as a harvest's meta.json has them), so that not
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, ManifestError, UsageError, did_you_mean
 from ..store.artifact import Artifact, load, newest, sealed_under
 from .context import Context
-from .models import chosen_model, open_model
+from .models import chosen_model, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..corpus.windows import TokenStore
-    from ..model.interface import FrozenModel
     from ..sae.rows import Rows
     from ..store.shards import ShardReader
 
@@ -153,11 +152,12 @@ def streamed(
 
 
 def open_rows(
-    ctx: Context, inputs: Inputs, store: TokenStore, aside: Tensor, *, buffer_rows: int | None = None
-) -> Rows:
-    """The rows themselves.
+    ctx: Context, inputs: Sequence[Inputs], store: TokenStore, aside: Tensor, *, buffer_rows: int | None = None
+) -> list[Rows]:
+    """The rows themselves, of each of the inputs; where several are streamed, the model reads each window once for all.
 
     Args:
+        inputs: of the same tokens.
         aside: [n_windows] bool, the held-out windows.
 
     Raises: as `ActivationRows` and `StreamRows`.
@@ -165,11 +165,16 @@ def open_rows(
     from ..sae.data import ActivationRows
     from ..store.shards import ShardReader
 
-    if inputs.activations is not None:
-        reader = _checked(ShardReader(inputs.activations.path), inputs.meta)
-        target = None if inputs.target is None else _checked(ShardReader(inputs.target.path), inputs.target_meta or {})
-        return ActivationRows(reader, inputs.meta["special_ids"], aside, target=target)
-    return _stream(ctx, inputs, store, aside, buffer_rows)
+    if inputs[0].activations is None:
+        return _streams(ctx, inputs, store, aside, buffer_rows)
+    opened: list[Rows] = []
+    ahead = pick_device(ctx.device).startswith("cuda")
+    for one in inputs:
+        assert one.activations is not None
+        reader = _checked(ShardReader(one.activations.path), one.meta)
+        target = None if one.target is None else _checked(ShardReader(one.target.path), one.target_meta or {})
+        opened.append(ActivationRows(reader, one.meta["special_ids"], aside, target=target, ahead=ahead))
+    return opened
 
 
 def held_out(ctx: Context, store: TokenStore) -> Tensor:
@@ -205,63 +210,25 @@ def _checked(reader: ShardReader, meta: Mapping[str, Any]) -> ShardReader:
     return reader
 
 
-def _stream(ctx: Context, inputs: Inputs, store: TokenStore, aside: Tensor, buffer_rows: int | None) -> Rows:
+def _streams(
+    ctx: Context, inputs: Sequence[Inputs], store: TokenStore, aside: Tensor, buffer_rows: int | None
+) -> list[Rows]:
     import torch
 
     from ..sae.stream import BUFFER_BYTES, BUFFER_ROWS, StreamRows, Windows
+    from .sae_harvest import harvesters
 
     real = torch.arange(store.window)[None, :] < store.length[:, None]
-    special = torch.tensor(sorted(inputs.meta["special_ids"]), dtype=store.input_ids.dtype)
+    special = torch.tensor(sorted(inputs[0].meta["special_ids"]), dtype=store.input_ids.dtype)
     usable = (real & ~torch.isin(store.input_ids, special)).sum(dim=1)
     work = torch.tensor(store.windows["document"], dtype=torch.int64)
     windows = Windows(usable, aside, work, int(store.length.sum()))
-    width = inputs.meta["d_model"] * (4 if inputs.meta["dtype"] == "float32" else 2) * (2 if inputs.target_meta else 1)
-    held = buffer_rows or min(BUFFER_ROWS, BUFFER_BYTES // width)
-    return StreamRows(_harvester(ctx, inputs, store, special), windows, buffer_rows=held, run=ctx.run)
-
-
-def _harvester(ctx: Context, inputs: Inputs, store: TokenStore, special: Tensor) -> Callable[[Tensor], Any]:
-    """A function from window numbers to their rows. The model is opened at the first call."""
-    import torch
-
-    from ..model.interface import Site
-    from ..model.reading import BatchSize, auto_batch, read
-    from ..sae.stream import Harvested
-
-    meta, target_meta = inputs.meta, inputs.target_meta
-    sites = [meta["hook_point"]] if target_meta is None else [meta["hook_point"], target_meta["hook_point"]]
-    deepest = 1 + max(Site.parse(site).layer for site in sites)
-    opened: list[FrozenModel] = []
-    batch = BatchSize(1, lambda words: ctx.run.notice(f"train: {words}"))
-
-    def model() -> FrozenModel:
-        if not opened:
-            frozen = open_model(ctx, meta["model"], engine=inputs.engine, upto=deepest)
-            if frozen.revision != meta["model_revision"]:
-                raise InputError(f"{meta['model']} changed while it was being read", fix="run the same command again")
-            frozen.check(store.input_ids[:2, :64].long(), sites)
-            batch.windows = auto_batch(frozen.device, store.window)
-            opened.append(frozen)
-        return opened[0]
-
-    def harvest(numbers: Tensor) -> Harvested:
-        frozen, total = model(), int(store.length[numbers].sum())
-
-        def said(rows: int) -> None:
-            ctx.run.progress("harvesting", rows, total, "tokens")
-            ctx.run.stop_here()
-
-        ids, length, span = store.input_ids[numbers], store.length[numbers], range(numbers.numel())
-        found = read(frozen, ids, length, span, sites, dtype=meta["dtype"], batch_size=batch, said=said)
-        first = found[sites[0]]
-        return Harvested(
-            first["acts"],
-            None if target_meta is None else found[sites[1]]["acts"],
-            numbers[first["window"].long()],
-            ~torch.isin(first["token"], special),
-        )
-
-    return harvest
+    opened: list[Rows] = []
+    for one, harvest in zip(inputs, harvesters(ctx, inputs, store, special), strict=True):
+        width = one.meta["d_model"] * (4 if one.meta["dtype"] == "float32" else 2) * (2 if one.target_meta else 1)
+        held = buffer_rows or min(BUFFER_ROWS, BUFFER_BYTES // width)
+        opened.append(StreamRows(harvest, windows, buffer_rows=held, run=ctx.run))
+    return opened
 
 
 def _meta(activations: Artifact) -> dict[str, Any]:

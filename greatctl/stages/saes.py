@@ -1,18 +1,20 @@
 """From the name that a person gives to an SAE to what it is, and to the activations that it reads.
 
-A name below results/saes, a folder from elsewhere in SAELens layout, or nothing for the newest. A folder from elsewhere may
-hold anything, so what it says is checked before anything relies on it.
+A name below results/saes, a folder from elsewhere in any layout that `greatctl.sae.foreign` reads, or nothing for the newest.
+A folder from elsewhere may hold anything, so what it says is checked before anything relies on it; and it may leave out
+its model, which is then that of the project's newest activations or tokens.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, did_you_mean
-from ..store.artifact import Artifact, load, sealed_under
+from ..store.artifact import Artifact, load, newest, sealed_under
 from ..store.files import sha256_file
 from .context import Context
 
@@ -30,6 +32,8 @@ class Sae:
 
     Attributes:
         key: pins its bytes.
+        model: that it was trained on; where the folder does not say and no `model` setting does, the one of the newest
+            activations of its width, else of the newest tokens.
         revision: of the model that it was trained on, None where the folder does not say.
         architecture: of the file, which may be a plugin's.
         sealed: None for a folder from elsewhere.
@@ -50,7 +54,8 @@ def find_sae(ctx: Context, name: str | None) -> Sae:
     """The SAE of a name or folder, or the newest.
 
     Raises:
-        InputError: there is none, or the folder is none.
+        InputError: there is none, or the folder is none, or holds several.
+        IntegrityError: its config is damaged.
     """
     sealed = {a.path.name: a for a in sealed_under(ctx.project.saes, "train")}
     if name is None:
@@ -68,22 +73,22 @@ def find_sae(ctx: Context, name: str | None) -> Sae:
         artifact = load(path)
     if artifact is not None:
         artifact.check()
-    elif not (path / _CFG).is_file() or not (path / _WEIGHTS).is_file():
+    elif not path.is_dir():
         raise InputError(
             f"there is no SAE {name!r}",
-            why=f"neither a name under {ctx.project.saes} nor a folder with {_CFG} and {_WEIGHTS}",
+            why=f"neither a name under {ctx.project.saes} nor a folder",
             fix=did_you_mean(str(name), sealed),
         )
-    return _facts_of(path, artifact)
+    return _facts_of(ctx, path, artifact)
 
 
-def _facts_of(path: Path, artifact: Artifact | None) -> Sae:
-    """What cfg.json and training.json say.
+def _facts_of(ctx: Context, path: Path, artifact: Artifact | None) -> Sae:
+    """What the config and training.json say.
 
     Raises:
         InputError: they are not as an SAE's are; a folder from elsewhere may hold anything.
     """
-    cfg = _object(path / _CFG)
+    cfg, files = _described(path)
     metadata = cfg.get("metadata")
     said = metadata if isinstance(metadata, dict) else {}
     training = _object(path / "training.json") if (path / "training.json").is_file() else {}
@@ -96,14 +101,41 @@ def _facts_of(path: Path, artifact: Artifact | None) -> Sae:
     odd += [name for name, value in words.items() if not isinstance(value, str | None)]
     if odd:
         raise InputError(
-            f"{path / _CFG} is not that of an SAE",
+            f"{path / files[0]} is not that of an SAE",
             why=f"{', '.join(odd)}: missing, or of another type than expected",
-            fix="name a folder in SAELens layout, or a trained SAE (`greatctl status` lists them)",
-            where=str(path / _CFG),
+            fix="name another folder, or a trained SAE (`greatctl status` lists them)",
+            where=str(path / files[0]),
         )
-    key = artifact.fingerprint if artifact else sha256_file(path / _CFG) + sha256_file(path / _WEIGHTS)
+    words["model"] = words["model"] or _usual_model(ctx, path.name, cfg["d_in"])
+    key = artifact.fingerprint if artifact else "".join(sha256_file(path / name) for name in files)
     architecture = str(cfg.get("architecture"))
     return Sae(path, key, cfg["d_sae"], cfg["d_in"], **words, architecture=architecture, sealed=artifact)
+
+
+def _described(path: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """cfg.json's words and the files of the folder; other programs' layouts are read where they are met."""
+    if (path / _CFG).is_file() and (path / _WEIGHTS).is_file():
+        return _object(path / _CFG), (_CFG, _WEIGHTS)
+    from ..sae.folder import describe
+
+    return describe(path)
+
+
+def _usual_model(ctx: Context, name: str, d_in: int) -> str | None:
+    """The model that an SAE is read with whose folder names none, said aloud; None where the settings name one."""
+    if ctx.origins.get("model", "default") != "default":
+        return None
+    metas = [_object(a.path / "meta.json") for a in sealed_under(ctx.project.activations, "harvest")]
+    fitting = [meta for meta in metas if meta["d_model"] == d_in]
+    tokens = newest(ctx.project.tokens, "tokenize")
+    if fitting:
+        model, whose = str(fitting[-1]["model"]), "activations"
+    elif tokens:
+        model, whose = str(_object(tokens.path / "tokenizer.json")["path_or_id"]), "tokens"
+    else:
+        return None
+    ctx.run.notice(f"{ctx.run.stage}: {name} does not name its model; taken for {model}, that of the newest {whose}")
+    return model
 
 
 def find_activations(ctx: Context, sae: Sae) -> Artifact:

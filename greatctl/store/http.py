@@ -17,7 +17,7 @@ import contextlib
 import re
 import ssl
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -175,6 +175,47 @@ class Client:
                     raise failure(chain or [url], str(final)) from passing
         return Fetched(part.path, part.chain, part.size, sha256_file(part.path), part.etag, kept)
 
+    def post(
+        self, url: str, body: bytes, hosts: Collection[str], headers: Mapping[str, str], *, max_bytes: int = 4 * 2**20
+    ) -> tuple[int, bytes]:
+        """Send `body` to `url` and bring the answer: its status and its body.
+
+        Passing failures (429 and 503 with Retry-After among them) are met as in `download`. No redirect is followed: what
+        the headers hold is for this address alone.
+
+        Raises:
+            NetworkError: refused by the rules, or still failing after the retries.
+            IntegrityError: the answer is larger than `max_bytes`, or encoded.
+        """
+        target = self._route.first(url, [], hosts)
+        end, failures = self._clock() + self._deadline, 0
+        while True:
+            try:
+                answer = self._send(target, [target], dict(headers), body)
+                with contextlib.closing(answer), _passing_failures():
+                    return answer.status_code, self._body(answer, target, end, max_bytes)
+            except Passing as passing:
+                failures += 1
+                try:
+                    self._manners.after(passing, urlsplit(target).netloc, failures, end)
+                except GiveUp as final:
+                    raise failure([target], str(final)) from passing
+
+    def _body(self, answer: httpx2.Response, target: str, end: float, max_bytes: int) -> bytes:
+        """The body of an answer that is final."""
+        if answer.status_code in _TRANSIENT:
+            raise Passing(f"the server answered {answer.status_code}", retry_after(answer.headers.get("Retry-After")))
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise _encoded([target])
+        body = bytearray()
+        for piece in answer.iter_raw():
+            body += piece
+            if len(body) > max_bytes:
+                raise _too_large([target], max_bytes)
+            if self._clock() > end:
+                raise failure([target], f"not finished within {self._deadline:,.0f} s")
+        return bytes(body)
+
     def _transfer(
         self,
         url: str,
@@ -234,13 +275,15 @@ class Client:
             finally:
                 answer.close()
 
-    def _send(self, url: str, chain: list[str], headers: dict[str, str]) -> httpx2.Response:
-        """One paced request; the answer's body is not read yet."""
+    def _send(self, url: str, chain: list[str], headers: dict[str, str], body: bytes | None = None) -> httpx2.Response:
+        """One paced request (a POST where there is a body); the answer's body is not read yet."""
         parts = urlsplit(url)
         try:
             self._manners.before(parts.netloc)
             with _passing_failures():
-                return self._http.send(self._http.build_request("GET", url, headers=headers), stream=True)
+                method = "GET" if body is None else "POST"
+                request = self._http.build_request(method, url, headers=headers, content=body)
+                return self._http.send(request, stream=True)
         except GiveUp as known:
             raise failure(chain, str(known)) from None
         except (_Refused, httpx2.InvalidURL) as refused:
@@ -325,7 +368,7 @@ def _accept(answer: httpx2.Response, part: Part, chain: list[str], canonical: li
         )
     if headers.get("Content-Encoding", "identity") != "identity":
         part.drop()
-        raise IntegrityError("the server sent an encoded body", why="identity was asked for", where=arrows(chain))
+        raise _encoded(chain)
     if (part.total or 0) > max_bytes:
         part.drop()
         raise _too_large(chain, max_bytes)
@@ -341,6 +384,10 @@ def _passing_failures() -> Iterator[None]:
         cause = error.__cause__ or error.__context__
         tls = "TLS failed: " if isinstance(cause, ssl.SSLError) or "CERTIFICATE" in str(error) else ""
         raise Passing(f"{tls}{str(error) or type(error).__name__}", unreachable=unreachable) from error
+
+
+def _encoded(chain: Collection[str]) -> IntegrityError:
+    return IntegrityError("the server sent an encoded body", why="identity was asked for", where=arrows(chain))
 
 
 def _too_large(chain: Collection[str], max_bytes: int) -> IntegrityError:

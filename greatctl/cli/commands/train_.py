@@ -12,7 +12,7 @@ from ..options import stage_command
 EXAMPLES = (
     "greatctl train",
     "greatctl train --arch relu --l1-coefficient 3 --name seed-recipe",
-    "greatctl train --stream --arch matryoshka --option aux_coefficient=0.05",
+    "greatctl train --sweep arch=topk,batchtopk --sweep k=16,32,64",
     "greatctl train --name seed-recipe --arch relu --l1-coefficient 3 --export pth",
 )
 
@@ -32,7 +32,13 @@ def register(app: typer.Typer) -> None:
         ] = None,
         expansion: Annotated[int | None, Option(help="d_sae as a multiple of d_model (default 8).")] = None,
         d_sae: Annotated[int | None, Option(help="Number of latents, instead of --expansion.")] = None,
-        k: Annotated[int | None, Option(help="Active latents a token (topk, batchtopk).")] = None,
+        k: Annotated[
+            int | None,
+            Option(
+                help="Active latents a token: exact for topk, on average for batchtopk, matryoshka and the transcoders, "
+                "a target for jumprelu."
+            ),
+        ] = None,
         l1_coefficient: Annotated[float | None, Option(help="Weight of the L1 penalty (relu, gated).")] = None,
         steps: Annotated[int | None, Option(help="Length of the run in steps.")] = None,
         tokens: Annotated[int | None, Option(help="Length of the run in tokens.")] = None,
@@ -75,7 +81,20 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[bool, Option("--resume", help="Go on with a stopped run (the default).")] = False,
         name: Annotated[str | None, Option(help="Folder under results/saes (default ARCH-DSAE-kK-HOOK).")] = None,
         export: Annotated[
-            str | None, Option(metavar="FORMAT", help="saelens or pth; on a finished SAE only exports.")
+            str | None,
+            Option(
+                metavar="FORMAT",
+                help="saelens, sparsify, dictionary_learning or pth; on a finished SAE only exports.",
+            ),
         ] = None,
+        sweep: Annotated[
+            list[str] | None,
+            Option(
+                metavar="KEY=A,B",
+                help="Several values of arch, k, lr, seed, d_sae, hook_point or an option (repeatable): every "
+                "combination is trained in one walk over the activations.",
+            ),
+        ] = None,
+        shuffle_seed: Annotated[int | None, Option(help="Seed of the shuffle alone (default: --seed).")] = None,
     ) -> None:
         """Train a sparse autoencoder; resumes to the bit, and is saved as a SAELens folder."""
