@@ -32,6 +32,7 @@ class Plan:
     Attributes:
         vocabulary: at most d_head / 4, so that tokens are matched on planes that hardly turn.
         back, match: (layer, query head) of the two heads.
+        backup: a head that does the same as `back`, beside it or in another layer before `match`.
         decoys: standard deviation of the weights of all other heads and of the MLPs.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     n_kv_heads: int = 1
     back: tuple[int, int] = (0, 0)
     match: tuple[int, int] = (1, 1)
+    backup: tuple[int, int] | None = None
     decoys: float = 0.0
 
     def kv(self, head: int) -> int:
@@ -98,15 +100,16 @@ def induction_llama(plan: Plan = VARIANTS["as in the facts"]) -> LlamaForCausalL
         attention.o_proj.weight[:, q : q + d] = 0.0
         return attention, q, kv
 
-    back, q, kv = empty(*plan.back)
     plane = torch.arange(STEP_PLANES)
     speed = THETA ** (-plane.double() / (d // 2))
     gain = STEP_SHARPNESS / SIZE_OF_ONE * root
-    back.k_proj.weight[kv + plane, one] = gain
-    back.q_proj.weight[q + plane, one] = (gain * speed.cos()).float()
-    back.q_proj.weight[q + plane + d // 2, one] = (-gain * speed.sin()).float()
-    back.v_proj.weight[kv + each, token + each] = rms
-    back.o_proj.weight[before + each, q + each] = 1.0
+    for place in (plan.back, *([plan.backup] if plan.backup else [])):
+        back, q, kv = empty(*place)
+        back.k_proj.weight[kv + plane, one] = gain
+        back.q_proj.weight[q + plane, one] = (gain * speed.cos()).float()
+        back.q_proj.weight[q + plane + d // 2, one] = (-gain * speed.sin()).float()
+        back.v_proj.weight[kv + each, token + each] = rms
+        back.o_proj.weight[before + each, q + each] = 1.0
 
     match, q, kv = empty(*plan.match)
     slow = d // 2 - v + each

@@ -21,7 +21,7 @@ from transformers import (
 from greatctl import model
 from greatctl.errors import StageError, UsageError
 from greatctl.model import Intervention, fast
-from greatctl.model.interface import HEAD_SITES, LEAN_SITES, RESIDUAL_SITES, site_names
+from greatctl.model.interface import HEAD_SITES, INPUT_SITES, LEAN_SITES, RESIDUAL_SITES, site_names
 from greatctl.model.lean import LeanModel
 from greatctl.model.loading import describe
 
@@ -132,6 +132,51 @@ def test_edits_inside_a_block_do_what_they_do_in_transformer_lens(case: Case) ->
         ours = case.lean.run(TOKENS, edit)
         assert far(ours, bridge.run(TOKENS, edit)) <= 1e-5, kind
         assert far(ours, clean) > 1e-3, kind
+
+
+def test_what_one_projection_reads_can_be_edited_alone_as_in_transformer_lens(case: Case) -> None:
+    pytest.importorskip("transformer_lens")
+    if case.name not in ("llama-3", "mistral-sliding", "qwen3", "gpt2"):
+        pytest.skip("the same code as llama-3")
+    bridge = model.load(case.folder, name=case.name, engine="transformer-lens")
+    bridge._bridge.set_use_split_qkv_input(True)  # type: ignore[attr-defined]
+    bridge._bridge.set_use_hook_mlp_in(True)  # type: ignore[attr-defined]
+    clean = case.lean.run(TOKENS)
+    for kind in INPUT_SITES:
+        edit = [Intervention(f"blocks.1.{kind}", lambda value: value.roll(1, dims=0) + value.roll(1, dims=-2))]
+        ours = case.lean.run(TOKENS, edit)
+        assert far(ours, bridge.run(TOKENS, edit)) <= 1e-5, kind
+        assert far(ours, clean) > 1e-3, kind
+
+
+def test_inputs_of_projections_have_heads_of_their_own_and_do_not_reach_the_skip_connection(case: Case) -> None:
+    lean, sites = case.lean, [f"blocks.1.{kind}" for kind in INPUT_SITES]
+    found, clean = lean.capture(TOKENS, sites), lean.run(TOKENS)
+    heads = (lean.n_heads, lean.n_kv_heads, lean.n_kv_heads)
+    assert [v.shape for v in found.values()] == [*((3, 12, n, 32) for n in heads), (3, 12, 32)]
+    assert max(lean.check(TOKENS, sites).values()) <= 2e-6
+    start, past = 5, lean.past(TOKENS)
+    rest = lean.capture(TOKENS, ["blocks.1.hook_resid_pre"])["blocks.1.hook_resid_pre"][:, start:]
+    for site, value in found.items():
+        assert far(lean.run(TOKENS, at(site, value)), clean) <= 1e-5
+        edits = [Intervention(site, lambda v: torch.cat([v[:, :-1], -v[:, -1:]], 1))]
+        whole = lean.run(TOKENS, edits)
+        assert far(lean.resume(1, rest, edits, start=start, past=past), whole[:, start:]) <= 1e-5
+        assert far(whole, lean.run(TOKENS, [Intervention(site, lambda v: v[:, -1:].neg_() is None or v)])) <= 1e-6
+    z, out = (f"blocks.1.{kind}" for kind in ("attn.hook_z", "hook_attn_out"))
+    both = lean.capture(TOKENS, [z, out])
+    bias = case.hf.transformer.h[1].attn.c_proj.bias if case.name == "gpt2" else 0.0
+    assert far(lean.head_outputs(1, both[z]).sum(2) + bias, both[out]) <= 1e-5
+    assert far(lean.head_outputs(1, both[z][:, :, [2, 0]], [2, 0]), lean.head_outputs(1, both[z])[:, :, [2, 0]]) <= 1e-6
+
+
+def test_heads_that_cannot_be_told_apart_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lean = loaded(model.load(llama, name="tiny"))
+    moved = torch.empty(4, 8, 32, device="meta")
+    monkeypatch.setattr(lean._family, "writing", lambda block: moved)
+    with pytest.raises(StageError) as error:
+        lean.head_outputs(0, torch.zeros(1, 4, 8))
+    assert "moved in for each call" in error.value.why
 
 
 def test_shapes_are_those_of_the_contract(case: Case) -> None:

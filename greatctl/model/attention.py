@@ -13,7 +13,7 @@ import torch
 
 from .families import Family, Rotation
 
-__all__ = ["Prefix", "attend", "causal_mask"]
+__all__ = ["Prefix", "attend", "causal_mask", "gathered"]
 
 
 class Prefix(NamedTuple):
@@ -50,17 +50,42 @@ def attend(
     prefix: Prefix | None = None,
     keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     pattern: bool = False,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Attention of one block with all of its inner sites, [b, q, d_model].
+    """Attention of one block with all of its inner sites, [b, q, d_model]; the arguments are those of `gathered`, and
 
     Args:
         x: [b, q, d_model], normed.
+        qkv: queries, keys and values where they do not all read x.
+    """
+    block = family.layers[layer]
+    made = family.qkv(block, x) if qkv is None else qkv
+    z = gathered(family, layer, made, rotation, mask, visit, prefix=prefix, keep=keep, pattern=pattern)
+    return family.attention_out(block, visit("attn.hook_z", z).flatten(2))
+
+
+def gathered(
+    family: Family,
+    layer: int,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rotation: Rotation,
+    mask: torch.Tensor | None,
+    visit: Callable[[str, torch.Tensor], torch.Tensor] = lambda kind, value: value,
+    *,
+    prefix: Prefix | None = None,
+    keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    pattern: bool = False,
+) -> torch.Tensor:
+    """z [b, q, n_heads, d_head] of queries, keys and values [b, q, head, d_head].
+
+    Args:
+        mask: of `causal_mask`.
         visit: maps a site's kind and tensor to the tensor to go on with.
         keep: is handed keys after RoPE and values, [b, n_kv_heads, start + q, d_head].
         pattern: compute (and visit) the pattern explicitly; `mask` must then be given.
     """
     block = family.layers[layer]
-    q, k, v = family.qkv(block, x)
+    q, k, v = qkv
     q, k, v = visit("attn.hook_q", q), visit("attn.hook_k", k), visit("attn.hook_v", v).transpose(1, 2)
     q, k = family.turned(block, q, k, rotation)
     if prefix is not None:
@@ -70,10 +95,8 @@ def attend(
     scale = family.scaling(layer)
     if pattern:
         assert mask is not None
-        z = _explicit(q, k, v, mask, scale, visit)
-    else:
-        z = _sdpa(family.parts(block)[1], q, k, v, mask, scale)
-    return family.attention_out(block, visit("attn.hook_z", z).flatten(2))
+        return _explicit(q, k, v, mask, scale, visit)
+    return _sdpa(family.parts(block)[1], q, k, v, mask, scale)
 
 
 def _sdpa(

@@ -18,6 +18,7 @@ from .families import heads_of
 from .interface import Intervention, Site, Start, unknown_site
 
 if TYPE_CHECKING:
+    from .interface import Streams
     from .loading import ModelInfo
     from .past import Past
 
@@ -127,6 +128,18 @@ class BridgeModel:
         """Always refused, as `capture_all`."""
         raise _no_prefix()
 
+    def head_outputs(self, layer: int, z: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """Always refused: single heads' inputs and outputs are told apart by the lean engine alone."""
+        raise _no_heads()
+
+    def head_values(self, layer: int, streams: Streams, *, start: int = 0, past: Past | None = None) -> torch.Tensor:
+        """Always refused, as `head_outputs`."""
+        raise _no_heads()
+
+    def mlp_values(self, layer: int, stream: torch.Tensor) -> torch.Tensor:
+        """Always refused, as `head_outputs`."""
+        raise _no_heads()
+
     def check(self, tokens: torch.Tensor, sites: Sequence[str]) -> dict[str, float]:
         """Every site fires (else an error); the bridge itself is the oracle, so the difference is 0."""
         return dict.fromkeys(self.capture(tokens, sites), 0.0)
@@ -180,3 +193,11 @@ def _hook(intervention: Intervention, fired: set[str]) -> Callable[..., torch.Te
         return intervention.edit(value).to(value.dtype)
 
     return edit
+
+
+def _no_heads() -> UsageError:
+    return UsageError(
+        "TransformerLens does not tell the heads' outputs apart here",
+        why="it would have to be set up for it before anything runs",
+        fix="use --engine lean",
+    )

@@ -6,8 +6,9 @@ Every family here computes, in every block,
     post = mid + mlp(norm2(mid))
 
 and differs in names, in how positions enter (RoPE, or learned positions at the embedding), and in whether the
-projections lie in one matrix. An adapter calls the model's own modules, never their weights, so that biases, norms
-of queries and keys, and weights that are moved in for the call all take part.
+projections lie in one matrix. An adapter calls the model's own modules, not their weights, so that biases, norms
+of queries and keys, and weights that are moved in for the call all take part. Only where single heads are told apart
+(`reading`, `writing`) does it hand out blocks of the weights themselves.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ class Family(Protocol):
 
     def qkv(self, block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values straight from the projections."""
+        ...
+
+    def reading(self, block: Any, third: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights [head, d_head, d_model] and biases [head, d_head] of the queries (0), keys (1) or values (2)."""
+        ...
+
+    def writing(self, block: Any) -> torch.Tensor:
+        """Weights of the output projection, [n_heads, d_head, d_model]."""
         ...
 
     def turned(
@@ -107,6 +116,14 @@ class Rotary:
     def qkv(self, block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attn, shape = block.self_attn, (*x.shape[:-1], -1, self._d_head)
         return attn.q_proj(x).view(shape), attn.k_proj(x).view(shape), attn.v_proj(x).view(shape)
+
+    def reading(self, block: Any, third: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attn = block.self_attn
+        linear = (attn.q_proj, attn.k_proj, attn.v_proj)[third]
+        return _in_heads(linear.weight, linear.bias, self._d_head)
+
+    def writing(self, block: Any) -> torch.Tensor:
+        return block.self_attn.o_proj.weight.T.unflatten(0, (-1, self._d_head))
 
     def turned(
         self, block: Any, q: torch.Tensor, k: torch.Tensor, rotation: Rotation
@@ -169,6 +186,13 @@ class GPT2:
         shape = (*x.shape[:-1], -1, self._d_head)
         return q.view(shape), k.view(shape), v.view(shape)
 
+    def reading(self, block: Any, third: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        matrix = block.attn.c_attn  # a Conv1D: [d_model, 3 * d_model]
+        return _in_heads(matrix.weight.chunk(3, dim=1)[third].T, matrix.bias.chunk(3)[third], self._d_head)
+
+    def writing(self, block: Any) -> torch.Tensor:
+        return block.attn.c_proj.weight.unflatten(0, (-1, self._d_head))
+
     def turned(
         self, block: Any, q: torch.Tensor, k: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +221,11 @@ class GPT2:
             "attn.hook_z": (attn.c_proj, -1),
             "mlp.hook_post": (block.mlp.c_proj, -1),
         }
+
+
+def _in_heads(weight: torch.Tensor, bias: torch.Tensor | None, d_head: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A projection's weight [out, d_model] and bias [out], cut into heads."""
+    return weight.unflatten(0, (-1, d_head)), None if bias is None else bias.unflatten(0, (-1, d_head))
 
 
 def heads_of(config: Any) -> Heads:

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
     from .past import Past
 
+    Streams = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # what queries, keys and values read
+
 __all__ = [
     "BLOCK_SITES",
     "HEAD_SITES",
+    "INPUT_SITES",
     "LEAN_SITES",
     "RESIDUAL_SITES",
     "FrozenModel",
@@ -45,8 +48,10 @@ LEAN_SITES = (
     "hook_mlp_out",
     "hook_resid_post",
 )
+# what a single projection reads, before the norm; made only where somebody asks, since the stream is copied per head
+INPUT_SITES = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
 # what TransformerLens calls the rest of a block, besides its parts (attn.…, mlp.…, ln1.…)
-BLOCK_SITES = (*RESIDUAL_SITES, "hook_in", "hook_out", "hook_attn_in", "hook_mlp_in")
+BLOCK_SITES = (*RESIDUAL_SITES, *INPUT_SITES, "hook_in", "hook_out", "hook_attn_in")
 _SITE = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -102,7 +107,7 @@ class Site:
     @property
     def is_lean(self) -> bool:
         """Whether the lean engine knows this kind."""
-        return self.kind in LEAN_SITES
+        return self.kind in LEAN_SITES or self.kind in INPUT_SITES
 
 
 def site_names(n_layers: int, kinds: Sequence[str] = LEAN_SITES) -> list[str]:
@@ -129,6 +134,9 @@ class FrozenModel(Protocol):
     | attn.hook_k (before RoPE), attn.hook_v | [b, q, n_kv_heads, d_head] |
     | attn.hook_pattern (the layer then leaves SDPA for an explicit softmax) | [b, n_heads, q, p] |
     | mlp.hook_post (what enters the down projection) | [b, q, d_mlp] |
+    | hook_q_input (what each query reads of the stream, before the norm) | [b, q, n_heads, d_model] |
+    | hook_k_input, hook_v_input (the same of keys and values) | [b, q, n_kv_heads, d_model] |
+    | hook_mlp_in (what the MLP reads of the stream, before the norm) | [b, q, d_model] |
 
     All tensors are handed out, and handed to edits, on `device`, also where the blocks lie on several devices.
 
@@ -160,7 +168,7 @@ class FrozenModel(Protocol):
     reuses_prefix: bool
 
     def sites(self) -> list[str]:
-        """Every site this engine can capture."""
+        """Every site this engine can capture; lean knows besides what each projection reads (`INPUT_SITES`)."""
         ...
 
     def capture(self, tokens: torch.Tensor, sites: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -237,6 +245,41 @@ class FrozenModel(Protocol):
 
         Returns:
             Logits of all rows, [n, q, V], or [n, V] with positions.
+        """
+        ...
+
+    def head_outputs(self, layer: int, z: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """What each of n heads of a block (default all) adds to the stream, [..., n, d_model], for z [..., n, d_head].
+
+        With the bias of the output projection, which belongs to no head, their sum is `hook_attn_out`. In the wider
+        of the dtypes of z and of the weights.
+
+        Raises:
+            StageError: the weights are quantised, or moved in for each call.
+            UsageError: the engine is not lean.
+        """
+        ...
+
+    def head_values(self, layer: int, streams: Streams, *, start: int = 0, past: Past | None = None) -> torch.Tensor:
+        """z [b, q, n_heads, d_head] of a block whose projections each read a stream of their own.
+
+        Args:
+            layer: which block.
+            streams: what the queries [b, q, n_heads, d_model], keys and values [b, q, n_kv_heads, d_model] read, before
+                the norm, of the positions from `start` on.
+            start, past: as in `resume`.
+
+        Raises:
+            StageError: the weights are quantised, or moved in for each call.
+            UsageError: the engine is not lean.
+        """
+        ...
+
+    def mlp_values(self, layer: int, stream: torch.Tensor) -> torch.Tensor:
+        """What the MLP of a block adds to the stream [b, q, d_model] where it reads `stream`, before the norm.
+
+        Raises:
+            UsageError: the engine is not lean.
         """
         ...
 

@@ -14,7 +14,7 @@ only a block with a touched inner site, or one resumed behind a prefix, has its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
@@ -23,16 +23,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StageError, UsageError
-from .attention import Prefix, attend, causal_mask
+from .attention import Prefix, attend, causal_mask, gathered
 from .exact import KINDS, exact
 from .families import Rotary, Rotation, family_of, heads_of
 from .fast import FastBlocks, why_not
-from .interface import HEAD_SITES, Intervention, Site, Start, site_names, unknown_site
-from .looks import Edit, Enough, Keep, Look
+from .inputs import fork, forked_qkv, forks, head_outputs, projected
+from .interface import HEAD_SITES, INPUT_SITES, Intervention, Site, Start, site_names, unknown_site
+from .looks import Edit, Enough, Keep, Look, in_rows
 from .oracle import ROW_TOLERANCE, agree, listen, row_difference
-from .past import Past
+from .past import Past, behind
 
 if TYPE_CHECKING:
+    from .interface import Streams
     from .loading import ModelInfo
 
 __all__ = ["LeanModel"]
@@ -120,7 +122,7 @@ class LeanModel:
         """Logits from the residual entering block `layer`; see `FrozenModel.resume`."""
         if not 0 <= layer <= self.n_layers:
             raise UsageError(f"layer {layer} is out of range", why=f"the model has layers 0 to {self.n_layers - 1}")
-        positions = _behind(start, past, len(residual), positions)
+        positions = behind(start, past, len(residual), positions)
         residual = residual.to(self.device, self.dtype)
         if any(i.site == f"blocks.{layer}.hook_resid_pre" for i in interventions):
             residual = residual.clone()  # an edit may write in place, but not into what the caller holds
@@ -139,9 +141,9 @@ class LeanModel:
         if not layers or layers != sorted(layers) or layers[0] < 0 or layers[-1] >= self.n_layers:
             raise UsageError(f"runs cannot begin at the layers {layers}", why=f"of 0 to {self.n_layers - 1}, in order")
         ends = list(accumulate(len(s.residual) for s in starts))
-        positions = _behind(start, past, ends[-1], positions)
+        positions = behind(start, past, ends[-1], positions)
         edit = self._editing(
-            Intervention(i.site, partial(_in_rows, i.edit, end - len(s.residual), end))
+            Intervention(i.site, partial(in_rows, i.edit, end - len(s.residual), end))
             for s, end in zip(starts, ends, strict=True)
             for i in s.interventions
         )
@@ -158,9 +160,30 @@ class LeanModel:
             positions = torch.zeros_like(positions)
         return self._unembed(hidden, edit, positions, layers[0])
 
+    def head_outputs(self, layer: int, z: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """What each head adds to the stream; see `FrozenModel.head_outputs`."""
+        return head_outputs(self._family, layer, z.to(self._homes[layer]), heads).to(self.device)
+
+    @torch.no_grad()
+    def head_values(self, layer: int, streams: Streams, *, start: int = 0, past: Past | None = None) -> torch.Tensor:
+        """z of a block whose projections read streams of their own; see `FrozenModel.head_values`."""
+        home = self._homes[layer]
+        qkv = [projected(self._family, layer, at, s.to(home, self.dtype)) for at, s in enumerate(streams)]
+        like = qkv[0][:, :, 0]
+        rotation = self._family.rotation(like, torch.arange(start, start + like.shape[1], device=home))
+        mask = self._mask(layer, start, like, explicit=False)
+        prefix = Prefix(*past.layer(layer, start)) if past is not None and start else None
+        return gathered(self._family, layer, (qkv[0], qkv[1], qkv[2]), rotation, mask, prefix=prefix).to(self.device)
+
+    @torch.no_grad()
+    def mlp_values(self, layer: int, stream: torch.Tensor) -> torch.Tensor:
+        """What the MLP of a block adds; see `FrozenModel.mlp_values`."""
+        _, _, norm, mlp = self._family.parts(self._family.layers[layer])
+        return mlp(norm(stream.to(self._homes[layer], self.dtype))).to(self.device)
+
     def _looks_no_further(self, look: Look) -> bool:
         """Whether nobody looks at the last block behind its attention."""
-        kinds = ("hook_mlp_out", "mlp.hook_post", "hook_resid_post")
+        kinds = ("hook_mlp_in", "hook_mlp_out", "mlp.hook_post", "hook_resid_post")
         return not any(look.touches(self.n_layers - 1, kind) for kind in kinds)
 
     def check(self, tokens: torch.Tensor, sites: Sequence[str]) -> dict[str, float]:
@@ -218,7 +241,7 @@ class LeanModel:
 
     def _known(self, sites: Iterable[str]) -> list[str]:
         sites, known = list(sites), self.sites()
-        among = set(known)
+        among = {*known, *site_names(self._loaded, INPUT_SITES)}
         for name in sites:
             if name not in among:
                 raise unknown_site(name, known)
@@ -273,11 +296,11 @@ class LeanModel:
             block = self._family.layers[layer]
             norm1, _, norm2, _ = self._family.parts(block)
             pre = look.at(layer, "hook_resid_pre", hidden)
-            attended = self._attended(layer, norm1(pre), rotation, look, start, past, kept)
+            attended = self._attended(layer, norm1(pre), rotation, look, start, past, kept, pre)
             mid = look.at(layer, "hook_resid_mid", pre + look.at(layer, "hook_attn_out", attended))
             if only is not None and layer == self.n_layers - 1:
                 mid = mid[torch.arange(len(mid), device=home), only.to(home)].unsqueeze(1)
-            added = look.at(layer, "hook_mlp_out", self._mlp(layer, norm2(mid), look))
+            added = look.at(layer, "hook_mlp_out", self._mlp(layer, norm2(fork(look, layer, mid)), look))
             hidden = look.at(layer, "hook_resid_post", mid + added)
         return hidden
 
@@ -296,11 +319,12 @@ class LeanModel:
         start: int,
         past: Past | None,
         kept: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        pre: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of one block on its normed input: the model's own, or written out where it is looked into."""
-        pattern = look.touches(layer, "attn.hook_pattern")
+        """Attention of one block on `pre`, normed to x: the model's own, or written out where it is looked into."""
+        pattern, forked = look.touches(layer, "attn.hook_pattern"), forks(look, layer)
         mask = self._mask(layer, start, x, explicit=pattern)
-        if not start and kept is None and not any(look.touches(layer, kind) for kind in HEAD_SITES):
+        if not (start or forked or kept is not None or any(look.touches(layer, kind) for kind in HEAD_SITES)):
             return self._family.attention(self._family.layers[layer], x, rotation, mask)
         return attend(
             self._family,
@@ -312,6 +336,7 @@ class LeanModel:
             prefix=Prefix(*past.layer(layer, start)) if past is not None and start else None,
             keep=None if kept is None else lambda key, value: kept.append((key, value)),
             pattern=pattern,
+            qkv=forked_qkv(self._family, layer, pre, look) if forked else None,
         )
 
     def _mlp(self, layer: int, x: torch.Tensor, look: Look) -> torch.Tensor:
@@ -365,28 +390,6 @@ class LeanModel:
             hidden = hidden[rows, positions.to(hidden.device)]
         hidden = self._family.final_norm(hidden.to(_home(self._family.final_norm)))
         return self._head(hidden.to(_home(self._head))).to(self.device)  # type: ignore[misc]
-
-
-def _behind(start: int, past: Past | None, rows: int, positions: torch.Tensor | None) -> torch.Tensor | None:
-    """`positions` counted from `start`, if a run of `rows` rows can begin there."""
-    if not start:
-        return positions
-    if past is None or start < 0:
-        raise UsageError(f"a run cannot resume at position {start}", why="no past of the positions before it")
-    past.must_serve(rows, start)
-    if positions is None:
-        return None
-    if bool((positions < start).any()):
-        raise UsageError(f"a position before {start} has no logits", why="the run resumed behind it")
-    return positions - start
-
-
-def _in_rows(edit: Callable[[torch.Tensor], torch.Tensor], first: int, end: int, value: torch.Tensor) -> torch.Tensor:
-    """`value` with the rows `first` to `end` edited."""
-    edited = edit(value[first:end])
-    if edited.shape != value[first:end].shape:
-        return edited  # of another shape than all rows have, which is refused
-    return torch.cat([value[:first], edited.to(value.dtype), value[end:]])
 
 
 def _home(module: Any) -> torch.device:

@@ -6,14 +6,14 @@ the walk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ..errors import StageError
 from .interface import Intervention, Site
 
-__all__ = ["Edit", "Enough", "Keep", "Look"]
+__all__ = ["Edit", "Enough", "Keep", "Look", "in_rows"]
 
 
 class Enough(Exception):
@@ -82,3 +82,11 @@ def _edited(intervention: Intervention, value: torch.Tensor) -> torch.Tensor:
             why=f"{list(value.shape)} became {list(edited.shape)}",
         )
     return edited.to(value.dtype)
+
+
+def in_rows(edit: Callable[[torch.Tensor], torch.Tensor], first: int, end: int, value: torch.Tensor) -> torch.Tensor:
+    """`value` with the rows `first` to `end` edited."""
+    edited = edit(value[first:end])
+    if edited.shape != value[first:end].shape:
+        return edited  # of another shape than all rows have, which is refused
+    return torch.cat([value[:first], edited.to(value.dtype), value[end:]])

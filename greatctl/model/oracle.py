@@ -108,6 +108,8 @@ def _place(family: Family, site: Site) -> tuple[Any, int]:
         "hook_resid_pre": (block, -1),
         "hook_resid_mid": (norm2, -1),
         "hook_resid_post": (block, 0),
+        **dict.fromkeys(("hook_q_input", "hook_k_input", "hook_v_input"), (block, -1)),
+        "hook_mlp_in": (norm2, -1),
         "hook_attn_out": (attention, 0),
         "hook_mlp_out": (mlp, 0),
         "attn.hook_pattern": (attention, 0),
@@ -116,7 +118,9 @@ def _place(family: Family, site: Site) -> tuple[Any, int]:
 
 
 def _shaped(value: torch.Tensor, kind: str, heads: Heads) -> torch.Tensor:
-    """Split into heads where the site has them."""
+    """Split into heads where the site has them, or copied for each head where each has its own."""
+    if kind in ("hook_q_input", "hook_k_input", "hook_v_input"):
+        return value.unsqueeze(2).expand(-1, -1, heads.n_heads if kind == "hook_q_input" else heads.n_kv_heads, -1)
     return value.unflatten(-1, (-1, heads.d_head)) if kind.startswith("attn.hook_") else value
 
 

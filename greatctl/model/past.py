@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UsageError
 
-__all__ = ["Past"]
+__all__ = ["Past", "behind"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,17 @@ class Past:
                 why=f"it has {self.batch} rows of {self.length} positions; {batch} rows resume at position {start}",
                 fix="use past.rows(…), or capture a longer past",
             )
+
+
+def behind(start: int, past: Past | None, rows: int, positions: torch.Tensor | None) -> torch.Tensor | None:
+    """`positions` counted from `start`, if a run of `rows` rows can begin there."""
+    if not start:
+        return positions
+    if past is None or start < 0:
+        raise UsageError(f"a run cannot resume at position {start}", why="no past of the positions before it")
+    past.must_serve(rows, start)
+    if positions is None:
+        return None
+    if bool((positions < start).any()):
+        raise UsageError(f"a position before {start} has no logits", why="the run resumed behind it")
+    return positions - start

@@ -12,6 +12,7 @@ The SAE comes in through a small protocol; this room does not know who made it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -86,6 +87,19 @@ class Latents:
             ones = torch.zeros(len(some), len(W_dec), device=W_dec.device).scatter_(1, some[:, None], 1.0)
             parts.append(self._decode(ones) - self._offset)
         return torch.cat(parts)
+
+    def pulled(self, grad: torch.Tensor) -> torch.Tensor:
+        """What a gradient at the reconstruction [b, p, d] is at each latent [b, p, d_sae]: the decoder's transpose."""
+        return grad.float() @ self._everything.T
+
+    @cached_property
+    def _everything(self) -> torch.Tensor:
+        """The directions of all latents [d_sae, d]: the rows of W_dec, unless the decoder does more than multiply."""
+        W_dec = self.sae.W_dec.float()
+        probe = torch.linspace(0.5, 1.5, len(W_dec), device=W_dec.device)[None]
+        made, product = self._decode(probe) - self._offset, probe @ W_dec
+        plain = float((made - product).abs().max()) <= 1e-4 * max(1.0, float(product.abs().max()))
+        return W_dec.detach() if plain else self.directions(range(len(W_dec)))
 
     def acts(self, value: torch.Tensor) -> torch.Tensor:
         """Activations of all latents [b, p, d_sae] for [b, p, d]."""

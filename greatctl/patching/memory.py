@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["auto_cells", "is_out_of_memory", "overhead_of"]
+__all__ = ["auto_cells", "free_bytes", "is_out_of_memory", "overhead_of", "tokens_at_once"]
 
 _SHARE = 0.4  # of the free memory
 _COPIES_OF_LOGITS = 8  # as the model gives them, widened, and what the metrics make of them
@@ -37,9 +37,13 @@ def auto_cells(model: Any, length: int, *, pattern: bool = False, continued: int
     cell = length * (8 * width + 3 * inside) * size
     cell += (length if continued > 1 else 1) * int(getattr(model, "d_vocab", 0)) * 4 * _COPIES_OF_LOGITS
     cell += 4 * heads * length * length * size if pattern else 0
-    kind = torch.device(model.device).type
-    tokens = _MOST_TOKENS.get(kind, _MOST_TOKENS["cpu"])
-    return max(1, min(int(_SHARE * _free(model.device)) // cell, tokens // length, _MOST_CELLS))
+    tokens = tokens_at_once(model.device)
+    return max(1, min(int(_SHARE * free_bytes(model.device)) // cell, tokens // length, _MOST_CELLS))
+
+
+def tokens_at_once(device: torch.device | str) -> int:
+    """The most tokens that go through a block together; more at once is not faster."""
+    return _MOST_TOKENS.get(torch.device(device).type, _MOST_TOKENS["cpu"])
 
 
 def overhead_of(device: torch.device | str) -> int:
@@ -52,7 +56,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _free(device: torch.device | str) -> int:
+def free_bytes(device: torch.device | str) -> int:
     """Bytes that are free on the device; 2 GiB where the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -117,6 +117,7 @@ class Branch:
         values: layer -> what the site's `read` keeps of both runs.
         pasts: keys and values of both runs; None where the model does not reuse a prefix.
         ablated: layer -> values [b, p, …] that replace the other run's, and [b, p] whether there is one.
+        more: hook point -> both runs there, of those that were asked for besides.
     """
 
     tokens: Both
@@ -128,6 +129,7 @@ class Branch:
     values: dict[int, Both]
     pasts: tuple[Any, Any] | None
     ablated: tuple[dict[int, torch.Tensor], torch.Tensor] | None = None
+    more: dict[str, Both] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def prepare(
     *,
     layers: Sequence[int] | None = None,
     source: Source | None = None,
+    more: Sequence[str] = (),
 ) -> Group:
     """Run both prompts of pairs of the same two lengths and keep what the sweep resumes from and patches in.
 
@@ -232,12 +235,13 @@ def prepare(
         site: a name of `SITES`, or an SAE's latents.
         layers: the layers that will be patched; default all.
         source: what replaces the corrupted prompt's values; default nothing does.
+        more: hook points that are kept besides.
     """
     site = Plain(site) if isinstance(site, str) else site
     layers = range(model.n_layers) if layers is None else layers
     branches, scores = [], []
     for side, number in _alternatives(pairs):
-        branches.append(_branch(model, pairs, site, layers, side, number, source))
+        branches.append(_branch(model, pairs, site, layers, side, number, source, more))
     first = branches[0].logits
     answers = answers_of(pairs, first[CLEAN][:, 0], first[CORRUPTED][:, 0])
     for run in (CLEAN, CORRUPTED):
@@ -299,11 +303,13 @@ def _branch(
     side: str,
     number: int,
     source: Source | None,
+    more: Sequence[str],
 ) -> Branch:
     chosen = [(p.answers if side != "wrong" else p.wrong_answers)[number] if side else () for p in pairs]
     behind = [ids[:-1] for ids in chosen]
     m = len(behind[0]) + 1
-    names = list(dict.fromkeys(name for at in layers for name in (f"blocks.{at}.hook_resid_pre", site.at(at))))
+    entering = {at: f"blocks.{at}.hook_resid_pre" for at in layers}
+    names = list(dict.fromkeys([*(name for at in layers for name in (entering[at], site.at(at))), *more]))
     tokens, logits, found, pasts = [], [], [], []
     for prompts in ([p.clean_ids for p in pairs], [p.corrupted_ids for p in pairs]):
         ids = torch.tensor([a + b for a, b in zip(prompts, behind, strict=True)], device=model.device)
@@ -327,10 +333,11 @@ def _branch(
         side,
         torch.tensor(chosen, device=model.device) if side else None,
         (logits[CLEAN], logits[CORRUPTED]),
-        {layer: both(f"blocks.{layer}.hook_resid_pre") for layer in layers},
+        {layer: both(name) for layer, name in entering.items()},
         values,
         None if pasts[CLEAN] is None else (pasts[CLEAN], pasts[CORRUPTED]),
         None if source is None else source.values(model, pairs, site, values),
+        {name: both(name) for name in more},
     )
 
 

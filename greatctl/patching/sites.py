@@ -49,6 +49,7 @@ class Label(NamedTuple):
     neuron: int | None = None
     latent: int | None = None
     part: str | None = None
+    edge: str | None = None
 
 
 class Donor(NamedTuple):
@@ -140,9 +141,9 @@ def default_positions(site: str) -> str:
 def place_of(row: Mapping[str, object]) -> str:
     """A cell in words: "layer 3, head 5, all positions"."""
     words = [f"layers {row['layers']}" if row.get("layers") else f"layer {row['layer']}"]
+    words = [] if row.get("edge") else words  # an edge's name says where it is
     words += [f"{name} {row[name]}" for name in ("head", "neuron", "latent") if row.get(name) is not None]
-    if row.get("part"):
-        words.append(str(row["part"]))
+    words += [str(row[name]) for name in ("part", "edge") if row.get(name)]
     span, at = row.get("span"), row.get("position")
     if span:
         words.append("all positions" if span == "all" else f"span {span}")

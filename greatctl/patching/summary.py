@@ -12,7 +12,7 @@ __all__ = ["panels", "peak", "power", "summary"]
 
 _NEARLY = 1 - 1e-6  # cells this close to the largest count as equal, so that rounding does not choose the peak
 _LEVEL = 0.05
-_UNIT = ("head", "neuron", "latent", "part", "span", "layers")  # what a cell may be besides layer and position
+_UNIT = ("head", "neuron", "latent", "part", "edge", "span", "layers")  # what a cell may be besides layer and position
 
 
 def summary(
@@ -48,6 +48,7 @@ def summary(
         "n_pairs": n_pairs,
         "n_refused": n_refused,
         "metric": first,
+        "method": cells["method"][0].as_py(),
         "site": cells["site"][0].as_py(),
         "n_layers": len(cells["layer"].unique()),
         "n_positions": -min(positions) if positions else 1,
@@ -104,7 +105,8 @@ def peak(cells: pa.Table, metric: str, direction: str) -> dict[str, object]:
     Returns `layer`, `position` (absolute where all prompts are of one length; otherwise from the end, -1
     being the answer position; None where a cell is no single position), `position_from_end`, `direction`,
     `effect` (mean, in the metric's unit), `normalised_effect`, `low` and `high` of the effect, `p_max_t` or
-    `q_value`, and what else names the cell. Of equal cells it is the first, in the order of layers.
+    `q_value`, the `method`, the `exact` effect (None for an estimate that was not verified), and what else
+    names the cell. Of equal cells it is the first, in the order of layers.
     """
     rows = [r for r in cells.to_pylist() if r["metric"] == metric and r["direction"] == direction]
     rows = [r for r in rows if r["layers"] is None and r["part"] is None] or rows
@@ -114,6 +116,7 @@ def peak(cells: pa.Table, metric: str, direction: str) -> dict[str, object]:
     row = next(r for r in rows if abs(r["mean_effect"]) >= largest * _NEARLY)
     position = row["position_from_end"] if row["position"] is None else row["position"]
     keys = ("layer", "position_from_end", "direction", "normalised_effect", "low", "high", "p_max_t", "q_value")
+    keys += ("method", "exact")
     named = {key: row[key] for key in _UNIT if row[key] is not None}
     return {"position": position, "effect": row["mean_effect"], **{key: row[key] for key in keys}, **named}
 
@@ -126,7 +129,7 @@ def panels(cells: pa.Table, tokens: Sequence[Sequence[str]]) -> list[dict[str, o
     `p` ([rows][columns]; normalised effect and max-T p-value, None where unknown; of a head that was patched at
     several places the strongest). A `list`, for neurons and latents, has `rows`: cells, strongest first. Both
     have `kind`, `metric`, `direction` and `neutral`, the normalised effect of a patch that does nothing (0
-    denoising, 1 noising).
+    denoising, 1 noising) and the `method`.
     """
     found: dict[tuple[str, str, bool], list[dict]] = {}
     for row in cells.to_pylist():
@@ -135,6 +138,7 @@ def panels(cells: pa.Table, tokens: Sequence[Sequence[str]]) -> list[dict[str, o
     for (metric, direction, window), rows in found.items():
         neutral = 0.0 if direction == "denoising" else 1.0
         head = {"metric": metric, "direction": direction, "neutral": neutral, "windows": window}
+        head["method"] = rows[0]["method"]
         made.append({**head, **(_listed(rows) if _is_list(cells) else _map(rows, tokens))})
     return made
 
@@ -148,7 +152,7 @@ def _untested(cells: pa.Table) -> list[str]:
 
 
 def _is_list(cells: pa.Table) -> bool:
-    return any(cells[name].null_count < len(cells) for name in ("neuron", "latent", "part"))
+    return any(cells[name].null_count < len(cells) for name in ("neuron", "latent", "part", "edge"))
 
 
 def _listed(rows: Sequence[dict]) -> dict[str, object]:

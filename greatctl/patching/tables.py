@@ -7,6 +7,10 @@ corrupted) / (clean - corrupted), so that 0 is the corrupted and 1 the clean run
 pair it is kept as it is; its mean over pairs is the ratio of the means, since one pair with a tiny gap
 would otherwise outweigh all the others.
 
+Every row says by which `method` its effect was found. `approximate` is the effect as gradients estimate it and
+`exact` as a forward pass gives it; a row of an approximation has the latter only where it was verified, and its
+`patched` and `effect` are estimates.
+
 Cells of the stream and of heads are corrected by max-T, which holds the chance of a single false finding.
 Neurons and latents are searched by the thousand and followed up later: there the share of false findings is
 held (Benjamini and Hochberg), over those that were patched.
@@ -49,6 +53,10 @@ EFFECTS = pa.schema(
         ("latent", pa.int32()),
         ("part", pa.string()),
         ("span", pa.string()),
+        ("edge", pa.string()),
+        ("method", pa.string()),
+        ("approximate", pa.float64()),
+        ("exact", pa.float64()),
     ]
 )
 KEY = (
@@ -58,6 +66,7 @@ KEY = (
     "neuron",
     "part",
     "latent",
+    "edge",
     "span",
     "position_from_end",
 )  # a cell, in the table's order
@@ -98,6 +107,9 @@ def effect_rows(
     places: Sequence[tuple[int | None, str | None]],
     values: Mapping[str, tuple[Floats, Floats, Floats]],
     roles: Sequence[Mapping[int, str]] | None = None,
+    *,
+    method: str = "exact",
+    exact: Mapping[str, Floats] | None = None,
 ) -> pa.Table:
     """Rows of one layer, or of a window of layers, in one direction (schema `EFFECTS`).
 
@@ -111,6 +123,8 @@ def effect_rows(
         places: (position, span) of the w places; one of the two is None.
         values: metric -> (clean [b], corrupted [b], patched [b, u, w], NaN where a pair lacks the place).
         roles: per pair, position -> name of the marked span that it belongs to.
+        method: how `patched` was found.
+        exact: metric -> patched values [b, u, w] of a forward pass, NaN where there was none; for approximations.
     """
     b, u, w = len(pairs), len(labels), len(places)
     length = len(tokens[0])
@@ -144,6 +158,9 @@ def effect_rows(
             "patched": flat,
             "effect": flat - base,
             "normalised_effect": np.divide(flat - corrupted[row], gap, out=np.full(flat.shape, np.nan), where=gap != 0),
+            "method": _constant(method, row),
+            "approximate": np.full(flat.shape, np.nan) if method == "exact" else flat - base,
+            "exact": flat - base if exact is None else exact[metric].ravel() - base,
         }
         there = ~np.isnan(flat)
         both = {**columns, **numbers}
@@ -157,13 +174,15 @@ def cell_table(
     """Means over pairs, one row per metric, direction and cell.
 
     Columns: metric, direction, site, the cell (layer, `layers` of a window, head, neuron, latent, part, span,
-    position_from_end, and position, null where lengths differ), n_pairs, mean_effect with the 95 % bootstrap
-    limits low and high and the standard deviation sd over pairs, normalised_effect (ratio of means) with
+    position_from_end, and position, null where lengths differ, or edge), the method, n_pairs, mean_effect with the
+    95 % bootstrap limits low and high and the standard deviation sd over pairs, normalised_effect (ratio of means) with
     normalised_low and normalised_high, p (sign flips of pairs, this cell alone), p_max_t (family-wise over the
     cells of this metric and direction; null for neurons, latents, and where a pair lacks the cell), q_value
     (false discoveries among the neurons or latents; else null), floor (the smallest p that this many pairs can
     give) and looks (cells that are corrected for together). No p-value is given for a single pair, nor where
     effects can only have one sign: KL, JS or accuracy under noising, where every unpatched run is at the metric's end.
+    Last, the mean `approximate` and `exact` effects; of an approximation every other number is made from estimates, and
+    `exact` is null where the cell was not verified.
 
     Args:
         effects: rows of schema `EFFECTS`, at least one pair.
@@ -242,9 +261,20 @@ def _cells(
         "position": keys["position"] if len(lengths) <= 1 else pa.nulls(size, pa.int32()),
         "n_pairs": pa.array(there.sum(axis=0), pa.int32()),
     }
-    for name, values in {**found, **tested}.items():
+    both = {name: _means(rows, name, (len(ids), size), (pair, cell)) for name in ("approximate", "exact")}
+    for name, values in {**found, **tested, **both}.items():
         columns[name] = pa.array(values, pa.int32() if name == "looks" else pa.float64(), from_pandas=True)
-    return pa.table(columns)
+    return pa.table({**columns, "method": rows["method"].take(pa.array(first))})
+
+
+def _means(rows: pa.Table, name: str, shape: tuple[int, int], at: tuple[NDArray, NDArray]) -> Floats:
+    """Means [cells] of a column over the pairs that have a value; NaN where none has."""
+    values = np.full(shape, np.nan)
+    values[at] = rows[name].to_numpy(zero_copy_only=False)
+    known = ~np.isnan(values)
+    return np.divide(
+        np.nansum(values, axis=0), known.sum(axis=0), out=np.full(shape[1], np.nan), where=known.any(axis=0)
+    )
 
 
 def _tests(
@@ -254,7 +284,7 @@ def _tests(
     size = effect.shape[1]
     searched, part = (
         np.any([keys[name].is_valid().to_numpy(zero_copy_only=False) for name in names], axis=0)
-        for names in (("neuron", "latent"), ("part",))
+        for names in (("neuron", "latent", "edge"), ("part",))
     )
     shared = there.all(axis=0)
     false_discovery = bool(searched.any() or part.any())

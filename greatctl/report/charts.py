@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .view import Chart
 
-__all__ = ["bars", "heat_map", "lines"]
+__all__ = ["bars", "heat_map", "lines", "points"]
 
 _LINES = ("#c2571a", "#2f6db5", "#4a8c4a", "#8a5bb0", "#b0893a", "#4d8f99")
 # From cold through paper to warm; the middle is transparent, so that an empty cell is the page itself.
@@ -67,20 +67,61 @@ def bars(title: str, x: Sequence[str | float], y: Sequence[float], *, x_title: s
     )
 
 
+def points(
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
+    *,
+    x_title: str,
+    y_title: str,
+    words: str,
+    equal: bool = True,
+) -> Chart:
+    """Points (x, y, what each is) of a few series, and where `equal` the line on which both are the same."""
+    data: list[dict[str, object]] = []
+    ends = [0.0]
+    for number, (name, (x, y, hover)) in enumerate(series.items()):
+        ends += [*x, *y]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": _plain(name),
+                "x": list(x),
+                "y": list(y),
+                "text": [_plain(text) for text in hover],
+                "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra></extra>",
+                "marker": {"color": _LINES[number % len(_LINES)], "size": 6, "opacity": 0.75},
+            }
+        )
+    if equal:
+        line = [min(ends), max(ends)]
+        same = {"type": "scatter", "mode": "lines", "name": "equal", "x": line, "y": line, "hoverinfo": "skip"}
+        data.append({**same, "line": {"color": "rgba(128,128,128,0.6)", "width": 1, "dash": "dot"}})
+    axes = {"xaxis": {"title": {"text": _plain(x_title)}}, "yaxis": {"title": {"text": _plain(y_title)}}}
+    return Chart(title, data, _layout(**axes), words)
+
+
 def heat_map(
     title: str,
     columns: Sequence[str],
-    layers: Sequence[int],
+    layers: Sequence[object],
     values: Sequence[Sequence[float | None]],
     hover: Sequence[Sequence[str]],
     *,
     words: str,
+    p_values: Sequence[Sequence[float | None]] = (),
+    tags: Mapping[str, str] | None = None,
 ) -> Chart:
-    """Normalised effects over layers (rows) and positions (columns); the scale is fixed at -1 to 1."""
+    """Normalised effects over layers or windows of them (rows) and positions (columns); the scale is fixed at -1 to 1.
+
+    Args:
+        p_values: of the same cells, so that the page can leave out what may be chance.
+        tags: what the map can be chosen by.
+    """
     trace = {
         "type": "heatmap",
         "x": list(range(len(columns))),
-        "y": list(layers),
+        "y": list(range(len(layers))),
         "z": [list(row) for row in values],
         "text": [list(row) for row in hover],
         "hovertemplate": "%{text}<extra></extra>",
@@ -91,6 +132,8 @@ def heat_map(
         "xgap": 1,
         "ygap": 1,
     }
+    if p_values:
+        trace["customdata"] = [list(row) for row in p_values]
     axes = {
         "xaxis": {
             "tickmode": "array",
@@ -99,8 +142,15 @@ def heat_map(
             "tickangle": -40,
             "zeroline": False,
         },
-        "yaxis": {"title": {"text": "layer"}, "dtick": 1, "autorange": True, "zeroline": False},
+        "yaxis": {
+            "title": {"text": "layer"},
+            "tickmode": "array",
+            "tickvals": list(range(len(layers))),
+            "ticktext": [_plain(layer) for layer in layers],
+            "autorange": True,
+            "zeroline": False,
+        },
         "height": 140 + 26 * len(layers),
         "margin": {"l": 56, "r": 16, "t": 12, "b": 80},
     }
-    return Chart(title, [trace], _layout(**axes), words)
+    return Chart(title, [trace], _layout(**axes), words, dict(tags or {}))

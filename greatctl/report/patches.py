@@ -1,5 +1,6 @@
-"""The section on patching: a map for each metric and direction with its numbers on hover (or a table, where neurons
-or latents were patched), what so many pairs can find, and the pairs."""
+"""The section on patching: a map for each metric and direction with its numbers on hover (or a table, where neurons,
+latents or edges were patched), what so many pairs can find, and the pairs. Where effects are estimates by gradients,
+every title says so, and a calibration plot shows them against the cells that were run exactly."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from html import escape
 from typing import Any
 
 from ..store.artifact import Artifact
-from ..store.tables import read_rows
-from .charts import heat_map
-from .view import Block, Prose, Table
+from .charts import heat_map, points
+from .tables import rows as read_rows
+from .view import Block, Finding, Origin, Prose, Table, read_from
 
 __all__ = ["finding", "section"]
 
@@ -18,8 +19,12 @@ _LABEL = 10  # most characters of a token under a map
 _LISTED = 40  # neurons or latents shown; all are in cells.parquet
 
 
-def finding(name: str, summary: Mapping[str, Any]) -> str:
+def finding(name: str, patched: Artifact) -> Finding:
     """A run's peak in one sentence with numbers."""
+    return Finding(_said(name, patched.summary), "patching", Origin(patched.fingerprint, "cells.parquet"))
+
+
+def _said(name: str, summary: Mapping[str, Any]) -> str:
     peak = summary["peak"]
     weight = ""
     if peak.get("p_max_t") is not None:
@@ -28,6 +33,13 @@ def finding(name: str, summary: Mapping[str, Any]) -> str:
         weight = f", q = {peak['q_value']:.2g}"
     share = peak.get("normalised_effect")
     restored = f" ({share:.0%} of the difference)" if share is not None and peak.get("direction") == "denoising" else ""
+    if _guessed(summary):
+        exact = "which was not run" if peak.get("exact") is None else f"which run exactly is {peak['exact']:+.2f}"
+        return (
+            f"In {name}, gradients ({summary['method']}) find the largest effect on the {summary['metric']} where "
+            f"{summary['site']} is patched at {_place(peak)}: an estimate of {peak['effect']:+.2f}, {exact}, over "
+            f"{summary['n_pairs']} pairs ({summary['n_refused']} refused)."
+        )
     reach = "" if summary.get("reachable", True) else " So few pairs could not have made any cell significant."
     return (
         f"In {name}, patching {summary['site']} at {_place(peak)} changes the "
@@ -56,7 +68,11 @@ def section(name: str, patched: Artifact) -> list[Block]:
             f"Values were replaced by {summary['corruption']} ablation in the clean run; the scale is still that of the "
             "pair's two prompts."
         )
+    if _guessed(summary):
+        more.insert(0, f"Effects are estimates from gradients ({summary['method']}), p-values those of the estimates.")
+        more += [f"{sentence[0].upper() + sentence[1:]}." for sentence in summary.get("verified", [])]
     blocks: list[Block] = [Prose(" ".join([words, *more]))]
+    blocks += [_calibration(name, cells, metric) for metric in summary["metrics"] if _guessed(summary)]
     kinds = dict.fromkeys((row["metric"], row["direction"], row.get("layers") is not None) for row in cells)
     for metric, direction, window in kinds:
         part = [
@@ -64,23 +80,46 @@ def section(name: str, patched: Artifact) -> list[Block]:
             for r in cells
             if (r["metric"], r["direction"], r.get("layers") is not None) == (metric, direction, window)
         ]
-        title = f"{name}: {metric}, {direction}{', windows of layers' if window else ''}"
-        listed = any(row.get(key) is not None for row in part for key in ("neuron", "latent", "part"))
-        blocks.append(_list(title, part) if listed else _map(title, part, pairs))
+        how = f", estimates by {summary['method']}" if _guessed(summary) else ""
+        title = f"{name}: {metric}, {direction}{', windows of layers' if window else ''}{how}"
+        listed = any(row.get(key) is not None for row in part for key in ("neuron", "latent", "part", "edge"))
+        tags = {"run": name, "metric": metric, "direction": direction}
+        blocks.append(_list(title, part) if listed else _map(title, part, pairs, tags))
     headers = ["pair", "clean", "corrupted", "answer", "against", "status", "reason"]
     keys = ("id", "clean", "corrupted", "answer", "wrong_answer", "status", "reason")
-    blocks.append(Table(headers, [[_visible(row[k]) for k in keys] for row in pairs], caption=f"Pairs of {name}"))
-    return blocks
+    cells_of = [[_visible(str(row[k] or "")) for k in keys] for row in pairs]
+    listed = Table(headers, cells_of, caption=f"The {len(pairs)} pairs of {name}", folded=True)
+    return [*read_from(patched, "cells.parquet", blocks), *read_from(patched, "pairs.parquet", [listed])]
 
 
-def _map(title: str, rows: list[dict], pairs: list[dict]) -> Block:
+def _guessed(summary: Mapping[str, Any]) -> bool:
+    """Whether effects are estimates by gradients."""
+    return summary.get("method", "exact") != "exact"
+
+
+def _calibration(name: str, cells: Sequence[Mapping[str, Any]], metric: str) -> Block:
+    """Estimates against the exact effects of the same cells."""
+    series = {}
+    for direction in dict.fromkeys(row["direction"] for row in cells):
+        rows = [r for r in cells if (r["metric"], r["direction"]) == (metric, direction) and r["exact"] is not None]
+        series[direction] = ([r["exact"] for r in rows], [r["approximate"] for r in rows], [_place(r) for r in rows])
+    n = sum(len(x) for x, _, _ in series.values())
+    words = (
+        f"{n} cells were run exactly: the strongest estimates, and as many others at random. On the dotted line an estimate "
+        "is right; far from it, it is not to be believed."
+    )
+    return points(
+        f"{name}: {metric}, estimates against exact effects", series, x_title="exact", y_title="estimate", words=words
+    )
+
+
+def _map(title: str, rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], tags: Mapping[str, str]) -> Block:
     """Layers down; positions, spans or heads across. Of a head patched at several places the strongest is shown."""
     across = "head" if rows[0].get("head") is not None else "span" if rows[0].get("span") else "position_from_end"
     places = list(dict.fromkeys(row[across] for row in rows))
     places = places if across == "span" else sorted(places)
-    windows = rows[0].get("layers") is not None
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    grid: dict[tuple[int, Any], dict] = {}
+    grid: dict[tuple[int, Any], Mapping[str, Any]] = {}
     for row in rows:
         key = row["layer"], row[across]
         if key not in grid or abs(row["mean_effect"]) > abs(grid[key]["mean_effect"]):
@@ -88,21 +127,32 @@ def _map(title: str, rows: list[dict], pairs: list[dict]) -> Block:
     values = [[_carried(grid[at, place]) if (at, place) in grid else None for place in places] for at in layers]
     hover = [[_hover(grid[at, place]) if (at, place) in grid else "" for place in places] for at in layers]
     top = max(rows, key=lambda row: abs(row["mean_effect"]) if row["mean_effect"] is not None else -1.0)
-    words = (
-        f"Strongest cell: {_place(top)}, mean effect {top['mean_effect']:+.3g}{_interval(top)}, pairs: {top['n_pairs']}."
-        + (" Rows are named by the first layer of the window." if windows else "")
-    )
+    words = f"Strongest cell: {_place(top)}, mean effect {top['mean_effect']:+.3g}{_interval(top)}, pairs: {top['n_pairs']}."
+    p_values = [[grid[at, place]["p_max_t"] if (at, place) in grid else None for place in places] for at in layers]
+    windows = {row["layer"]: row["layers"] or row["layer"] for row in rows}
     columns = (
         _labels(pairs, places) if across == "position_from_end" else [f"{_axis(across)}{place}" for place in places]
     )
-    return heat_map(title, columns, layers, values, hover, words=words)
+    named = [windows[at] for at in layers]
+    return heat_map(title, columns, named, values, hover, words=words, p_values=p_values, tags=tags)
 
 
-def _list(title: str, rows: list[dict]) -> Block:
+def _list(title: str, rows: Sequence[Mapping[str, Any]]) -> Block:
     """Parts first, then neurons or latents, strongest first."""
     parts = [row for row in rows if row["part"] is not None]
     others = sorted((r for r in rows if r["part"] is None), key=lambda r: -abs(r["mean_effect"]))
-    headers = ["place", "mean effect", "low", "high", "share of the difference", "p", "q", "pairs"]
+    guessed = rows[0].get("method", "exact") != "exact"
+    headers = [
+        "place",
+        "estimate" if guessed else "mean effect",
+        "low",
+        "high",
+        "share of the difference",
+        "p",
+        "q",
+        "pairs",
+    ]
+    headers += ["exact"] if guessed else []
     keys = ("mean_effect", "low", "high")
     cells = [
         [
@@ -112,10 +162,11 @@ def _list(title: str, rows: list[dict]) -> Block:
             _short(r["p"]),
             _short(r["q_value"]),
             r["n_pairs"],
+            *([_short(r["exact"])] if guessed else []),
         ]
         for r in [*parts, *others][: _LISTED + len(parts)]
     ]
-    return Table(headers, cells, numeric=(1, 2, 3, 4, 5, 6, 7), caption=title)
+    return Table(headers, cells, numeric=tuple(range(1, len(headers))), caption=title)
 
 
 def _visible(text: str) -> str:
@@ -134,6 +185,7 @@ def _short(value: float | None) -> float | None:
 def _place(row: Mapping[str, Any]) -> str:
     """A cell in words."""
     words = [f"layers {row['layers']}" if row.get("layers") else f"layer {row['layer']}"]
+    words = [row["edge"]] if row.get("edge") else words  # its name says where it is
     words += [f"{key} {row[key]}" for key in ("head", "neuron", "latent") if row.get(key) is not None]
     words += [row["part"]] if row.get("part") else []
     if row.get("span"):
@@ -154,8 +206,11 @@ def _carried(row: Mapping[str, Any]) -> float | None:
 
 def _hover(row: Mapping[str, Any]) -> str:
     p = "not available" if row["p_max_t"] is None else f"{row['p_max_t']:.2g}"
+    what = "mean effect"
+    if row.get("method", "exact") != "exact":
+        what = "not run exactly; estimate" if row["exact"] is None else f"exactly {row['exact']:+.3g}; estimate"
     return (
-        f"{escape(_place(row))}<br>mean effect {row['mean_effect']:+.3g}"
+        f"{escape(_place(row))}<br>{what} {row['mean_effect']:+.3g}"
         f"{_interval(row)}<br>family-wise p {p}<br>pairs: {row['n_pairs']}"
     )
 
@@ -167,7 +222,7 @@ def _interval(row: Mapping[str, Any]) -> str:
     return f" (95 % {row['low']:+.3g} to {row['high']:+.3g})"
 
 
-def _labels(pairs: list[dict], places: Sequence[int]) -> list[str]:
+def _labels(pairs: Sequence[Mapping[str, Any]], places: Sequence[int]) -> list[str]:
     """A column's name: its place from the end, and the token where all pairs share it."""
     tokens = [row["tokens"] for row in pairs if row["status"] == "executed" and row["tokens"]]
     labels = []

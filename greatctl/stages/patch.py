@@ -3,12 +3,14 @@
     greatctl patch --pairs greatness --metric logit-diff --metric kl
     greatctl patch --site z
     greatctl patch --site latents --sae batchtopk-2048-k32
+    greatctl patch --site edges --method attribution
 
 One site is patched between the clean and the corrupted prompt of each pair, at every layer, unit and place,
 in both directions, with one value per pair and metric. Writes results/patches/<name>: effects.parquet (a row
 a cell and pair), cells.parquet (means over pairs, intervals, corrected p-values) and pairs.parquet (what was
-executed, what was refused and why). Every finished batch is on disk before the next begins; a killed run
-goes on from there (`sweeps` does the work).
+executed, what was refused and why). With another --method than exact the effects are estimates from gradients, some
+of which are then run, and every table says so (`approximate`). Every finished batch is on disk before the next begins;
+a killed run goes on from there (`sweeps`, `approximate` and `edge_cells` do the work).
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from .. import patching
 from ..errors import GreatctlError, InputError, UsageError
-from ..patching.pair_files import Pair, read_pairs
+from ..patching.pair_files import Pair
 from ..patching.sites import default_positions
 from ..store.artifact import Artifact, Identity, current, newest, touch, work
 from ..store.files import canonical_json, sha256_bytes
-from .context import Context, Plan, Result, StageConfig
+from .circuit_settings import CircuitSettings
+from .context import Context, Plan, Result
 from .models import chosen_model, slug
+from .pair_sets import chosen_pairs
+from .patch_settings import directions_of, must_fit
 from .saes import Sae, find_sae, plugins_of
 
 if TYPE_CHECKING:
@@ -37,17 +41,16 @@ if TYPE_CHECKING:
 
     from ..model.loading import ModelInfo
     from ..patching.pairs import Refusal
-    from .sweeps import Outcome
+    from .sweeps import Outcome, Sweeps
 
-__all__ = ["Config", "Job", "plan", "run"]
+__all__ = ["Config", "Job", "model_of_inputs", "plan", "run"]
 
 STAGE = "patch"
 _BOOTSTRAP = 2000
 _UNITS = "units"
-_ONE = ("clean", "corrupted", "answer", "wrong_answer")
 
 
-class Config(StageConfig):
+class Config(CircuitSettings):
     """Settings of `greatctl patch`."""
 
     metric: list[str] = Field(
@@ -55,7 +58,10 @@ class Config(StageConfig):
         min_length=1,
         description="logit-diff, logit, prob, prob-diff, log-prob, kl, js, rank, accuracy, ce, or a plugin's (repeatable)",
     )
-    pairs: str = Field("greatness", description="bundled pairs by name, or a pair file (.toml or JSON lines)")
+    pairs: str = Field(
+        "greatness",
+        description="bundled pairs by name, copying (made for the model), or a pair file (.toml or JSON lines)",
+    )
     clean: str | None = Field(None, description="one pair instead of a file: the clean prompt")
     corrupted: str | None = Field(None, description="its counterpart, of as many tokens")
     answer: str | None = Field(None, description="the clean prompt's next token, leading space included")
@@ -73,13 +79,15 @@ class Config(StageConfig):
         "pattern",
         "mlp_post",
         "latents",
+        "edges",
     ] = Field(
         "resid_pre",
-        description="what is patched: the stream, heads (z, q, k, v, pattern), neurons (mlp_post), or an SAE's latents",
+        description="what is patched: the stream, heads (z, q, k, v, pattern), neurons (mlp_post), an SAE's latents, or edges",
     )
     sae: str | None = Field(None, description="for latents: name under results/saes, or a folder (the newest)")
     latent: list[int] = Field([], description="for latents: patch these (repeatable) instead of the most promising")
-    top: int = Field(50, ge=1, description="how many neurons or latents to patch, the most promising first")
+    edge: list[str] = Field([], description="for edges: these (repeatable, * stands for any part of a name)")
+    top: int = Field(50, ge=1, description="how many neurons, latents or edges to list, the most promising first")
     positions: Literal["each", "spans", "all"] | None = Field(
         None, description="a cell for each position, each marked span, or all together (each; inside of blocks all)"
     )
@@ -92,7 +100,15 @@ class Config(StageConfig):
     layer_window: int | None = Field(
         None, ge=2, description="also patch so many neighbouring layers together, besides the single ones"
     )
-    method: Literal["exact"] = Field("exact", description="exact: one forward pass a cell")
+    method: Literal["exact", "attribution", "attribution-qk", "eap-ig", "eap-ig-activations"] = Field(
+        "exact",
+        description="exact: one forward pass a cell; the others estimate all cells by gradients: in one step, with exact "
+        "patterns for q and k, or averaged over the way from one prompt (or from one layer's activations) to the other",
+    )
+    steps: int = Field(5, ge=1, description="for eap-ig: points on the way at which gradients are taken")
+    verify: int = Field(
+        20, ge=0, description="for estimates: run so many of the strongest cells exactly, and as many others"
+    )
     model: str | None = Field(None, description="model to patch (default: that of the newest activations or tokens)")
     batch_cells: int | None = Field(None, ge=1, description="cells a forward pass (default: what fits into memory)")
     min_gap: float = Field(
@@ -131,11 +147,19 @@ def plan(ctx: Context, config: Config) -> Plan:
         ManifestError: the pair file is malformed.
         AccessError: the model is gated or not cached.
     """
+    if config.circuit or config.circuit_file:
+        from .circuits import plan_circuit
+
+        return plan_circuit(ctx, config).plan
     return _prepare(ctx, config).plan
 
 
 def run(ctx: Context, config: Config) -> Result:
     """Sweep, or say that nothing changed."""
+    if config.circuit or config.circuit_file:
+        from .circuits import run_circuit
+
+        return run_circuit(ctx, config)
     job = _prepare(ctx, config)
     final, identity = job.plan.final, job.plan.identity
     assert final is not None and identity is not None
@@ -146,9 +170,8 @@ def run(ctx: Context, config: Config) -> Result:
         return Result(STAGE, artifact.path, artifact.summary, up_to_date=True, view=_view(artifact))
     ctx.run.notice(f"patch: {reason or 'forced'}")
     from ..patching.units import Units
-    from .sweeps import Sweeps
 
-    sweeps = Sweeps(ctx, config, job)
+    sweeps = _sweeps(ctx, config, job)
     started = time.monotonic()
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
         sweeps.look_at_ends()
@@ -160,24 +183,42 @@ def run(ctx: Context, config: Config) -> Result:
     return Result(STAGE, artifact.path, artifact.summary, view=_view(artifact))
 
 
+def _sweeps(ctx: Context, config: Config, job: Job) -> Sweeps:
+    """Who does the work."""
+    if config.site == "edges":
+        from .edge_cells import Edges
+
+        return Edges(ctx, config, job)
+    if config.method != "exact":
+        from .approximate import Approximate
+
+        return Approximate(ctx, config, job)
+    from .sweeps import Sweeps
+
+    return Sweeps(ctx, config, job)
+
+
 def _prepare(ctx: Context, config: Config) -> Job:
     metrics = list(dict.fromkeys(config.metric))
     known = ctx.plugins.registry.names("metrics")
     for name in metrics:
         if name not in known:
             ctx.plugins.registry.get("metrics", name)  # raises, with the nearest names or the failed plugin
-    directions = _directions(config)
-    label, pairs = _pairs(ctx, config)
+    directions = directions_of(config)
     sae = find_sae(ctx, config.sae) if config.site == "latents" else None
     from .. import model
 
-    fallback = sae.model if sae and sae.model else _model_of_inputs(ctx)
+    fallback = sae.model if sae and sae.model else model_of_inputs(ctx)
     source, name = chosen_model(ctx, config.model, fallback=fallback)
+    label, pairs = chosen_pairs(ctx, config, source)
     info = model.describe(source, name=name, offline=ctx.offline)
-    _fits(config, info, sae)
+    must_fit(config, info, sae)
     positions = config.positions or default_positions(config.site)
     chosen = {"site", "method", "batch_cells", "min_gap", "seed", "corruption", "layer_window"}
     chosen |= {"latent", "top"} if config.site in ("latents", "mlp_post") else set()
+    chosen |= {"edge", "top"} if config.site == "edges" else set()
+    chosen |= {"verify"} if config.method != "exact" else set()
+    chosen |= {"steps"} if config.method.startswith("eap-ig") else set()
     settings = {
         **config.model_dump(include=chosen),
         "metric": metrics,
@@ -214,94 +255,11 @@ def _default_name(label: str, config: Config, positions: str, sae: Sae | None) -
     more += [positions] if positions != default_positions(config.site) else []
     more += [config.corruption] if config.corruption != "counterpart" else []
     more += [f"window{config.layer_window}"] if config.layer_window else []
+    more += [config.method] if config.method != "exact" else []
     return "-".join([label, config.site, *more])
 
 
-def _directions(config: Config) -> Sequence[str]:
-    """The directions to run.
-
-    Raises:
-        UsageError: settings that do not go together.
-    """
-    inside = config.site not in patching.STREAM_SITES
-    for wrong, what, why, fix in (
-        (
-            config.corruption != "counterpart" and config.direction == "denoising",
-            f"--corruption {config.corruption} cannot be denoised",
-            "an ablation replaces values of the clean run, so there is no corrupted run to restore",
-            "leave --direction out, or use --direction noising",
-        ),
-        (
-            config.layer_window is not None and inside,
-            f"--layer-window does not go with --site {config.site}",
-            "a head, neuron or latent of a number is another one in the next layer",
-            "use a site of the stream: " + ", ".join(patching.STREAM_SITES),
-        ),
-        (
-            bool(config.latent or config.sae) and config.site != "latents",
-            f"--sae and --latent do not go with --site {config.site}",
-            "they name what --site latents patches",
-            "use --site latents",
-        ),
-    ):
-        if wrong:
-            raise UsageError(what, why=why, fix=fix)
-    if config.corruption != "counterpart":
-        return ("noising",)
-    return patching.DIRECTIONS if config.direction == "both" else (config.direction,)
-
-
-def _fits(config: Config, info: ModelInfo, sae: Sae | None) -> None:
-    """Hold the SAE and the window against the model.
-
-    Raises:
-        InputError: the SAE is of another model, or is no autoencoder of one activation.
-        UsageError: there are fewer layers than the window asks for, or latents than were named.
-    """
-    if config.layer_window and config.layer_window > info.n_layers:
-        raise UsageError(f"--layer-window {config.layer_window} is too wide", why=f"{info.n_layers} layers")
-    if sae is None:
-        return
-    other = sae.revision != info.revision if sae.revision else sae.model and slug(sae.model) != slug(info.name)
-    if other or sae.d_in != info.d_model:
-        said = f"revision {sae.revision[:12]}" if sae.revision else f"width {sae.d_in}"
-        mine = f"revision {info.revision[:12]}" if sae.revision else f"width {info.d_model}"
-        raise InputError(
-            f"the SAE {sae.path.name} was not trained on {info.name}",
-            why=f"it is of {sae.model or 'a model it does not name'}, {said}; this is {mine}",
-            fix=f"use --model {sae.model}" if sae.model else "name another SAE with --sae",
-            code="another-model",
-        )
-    if sae.hook_point is None:
-        fix = "name an SAE whose cfg.json has metadata.hook_name"
-        raise InputError(f"the SAE {sae.path.name} does not say where it reads", why="no hook point", fix=fix)
-    for latent in config.latent:
-        if not 0 <= latent < sae.d_sae:
-            why = f"{sae.path.name} has {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}"
-            raise UsageError(f"there is no latent {latent}", why=why, fix="use --latent with one of its numbers")
-
-
-def _pairs(ctx: Context, config: Config) -> tuple[str, list[Pair]]:
-    """The pairs and a short word for them: the bundled name, the file's stem, or `given`."""
-    given = {name: getattr(config, name) for name in _ONE}
-    if any(value is not None for value in given.values()):
-        missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if not value]
-        if missing:
-            raise UsageError(
-                "a pair on the command line needs all of its four parts",
-                why=f"{', '.join(missing)} missing",
-                fix="give --clean, --corrupted, --answer and --wrong-answer, or a file with --pairs",
-            )
-        return "given", [Pair(id="given", **given)]
-    path = Path(config.pairs).expanduser()
-    if path.suffix or len(path.parts) > 1:
-        return slug(path.stem), read_pairs(path)
-    from .. import reference
-
-    return config.pairs, read_pairs(Path(reference.pairs_path(config.pairs)))
-
-
-def _model_of_inputs(ctx: Context) -> str | None:
+def model_of_inputs(ctx: Context) -> str | None:
     """The model of the newest activations, or of the newest tokens where those were made since."""
     tokens = newest(ctx.project.tokens, "tokenize")
     activations = newest(ctx.project.activations, "harvest")
@@ -329,6 +287,11 @@ def _write(folder: Path, config: Config, job: Job, effects: pa.Table, outcome: O
     ends = {name: list(values.values()) for name, values in outcome.ends.items()}
     found = summary(cells, ends, n_refused=len(outcome.refused), n_units=len(set(labels)))
     more: dict[str, object] = {"positions": job.positions, "corruption": config.corruption, "chosen": outcome.chosen}
+    if config.method != "exact":
+        from .approximate import calibration, combined
+
+        found["calibration"] = calibration(cells, config.verify)
+        more["verified"] = combined(found["calibration"], config.method)  # type: ignore[arg-type]
     if job.sae:
         more |= {"sae": job.sae.path.name, "hook_point": job.sae.hook_point}
     return {**found, "model": job.info.name, **{key: value for key, value in more.items() if value}}

@@ -19,7 +19,7 @@ import torch
 from ..errors import InputError, StageError, UsageError
 from ..model.interface import Site
 from ..model.tokenizer import encode, load_tokenizer
-from ..patching.cells import Batch
+from ..patching.cells import Batch, Place
 from ..patching.checks import check_batch, check_layers
 from ..patching.latents import PARTS, Latents
 from ..patching.memory import auto_cells, overhead_of
@@ -27,7 +27,7 @@ from ..patching.metrics import measure
 from ..patching.pairs import EncodedPair, Refusal, encode_pairs
 from ..patching.promising import promising_latents, promising_neurons
 from ..patching.runs import CLEAN, CORRUPTED, PatchSite, prepare
-from ..patching.sites import Plain
+from ..patching.sites import Label, Plain
 from ..patching.sources import Source, make_source
 from ..patching.sweep import Layers, Sweep
 from ..patching.tables import effect_rows
@@ -177,9 +177,28 @@ class Sweeps:
             self._checked.add(sweep.direction)
 
     def _effects(
-        self, sweep: Sweep, layers: tuple[int, ...], own: Sequence[int], values: Mapping[str, np.ndarray]
+        self,
+        sweep: Sweep,
+        layers: tuple[int, ...],
+        own: Sequence[int],
+        values: Mapping[str, np.ndarray],
+        exact: Mapping[str, np.ndarray] | None = None,
     ) -> pa.Table:
-        ids = [pair.pair.id for pair in sweep.group.pairs]
+        labels = [sweep.group.site.label(layers[0], unit) for unit in own]
+        return self._rows(sweep.group.pairs, layers, sweep.direction, labels, sweep.plan.places, values, exact)
+
+    def _rows(
+        self,
+        pairs: Sequence[EncodedPair],
+        layers: Sequence[int],
+        direction: str,
+        labels: Sequence[Label],
+        places: Sequence[Place],
+        values: Mapping[str, np.ndarray],
+        exact: Mapping[str, np.ndarray] | None = None,
+    ) -> pa.Table:
+        """The table of patched values [b, labels, places], by the method that was asked for."""
+        ids = [pair.pair.id for pair in pairs]
         numbers = {
             name: (*np.array([self.outcome.ends[name][id] for id in ids]).T, patched)
             for name, patched in values.items()
@@ -187,13 +206,15 @@ class Sweeps:
         return effect_rows(
             ids,
             [self.outcome.words[id][0] for id in ids],
-            sweep.group.site.name,
+            self.config.site,
             layers,
-            sweep.direction,
-            [sweep.group.site.label(layers[0], unit) for unit in own],
-            [(place.position, place.span) for place in sweep.plan.places],
+            direction,
+            labels,
+            [(place.position, place.span) for place in places],
             numbers,
-            [{at: name for name, (clean, _) in pair.spans.items() for at in clean} for pair in sweep.group.pairs],
+            [{at: name for name, (clean, _) in pair.spans.items() for at in clean} for pair in pairs],
+            method=self.config.method,
+            exact=exact,
         )
 
     def _encode(self) -> tuple[list[EncodedPair], list[Refusal]]:
@@ -244,9 +265,7 @@ class Sweeps:
         site = Plain(config.site)
         self._must_know(site.at(0))
         if config.site == "mlp_post":
-            chosen = promising_neurons(model, self._exploring(parts), config.top)
-            total = model.d_mlp * model.n_layers
-            self._say_chosen(len(chosen), total, "neurons")
+            chosen = self._neurons(parts)
             found = {layer: sorted(n for at, n in chosen if at == layer) for layer in range(model.n_layers)}
             return site, {layer: units for layer, units in found.items() if units}
         count = {"head": model.n_kv_heads if site.of_keys else model.n_heads}.get(site.unit, 0)
@@ -270,27 +289,45 @@ class Sweeps:
         site = Latents(sae, found.hook_point, special_ids=special)
         first = torch.tensor([parts[0][0].clean_ids], device=self.model.device)
         site.check(self.model.capture(first, [found.hook_point])[found.hook_point][:, 1:])
-        chosen = list(dict.fromkeys(self.config.latent))
-        if not chosen:
-            chosen = promising_latents(self.model, self._exploring(parts), site, where.layer, self.config.top)
-            self._say_chosen(len(chosen), found.d_sae, "latents")
+        chosen = list(dict.fromkeys(self.config.latent)) or self._promising(parts, site, where.layer, found.d_sae)
         site = Latents(sae, found.hook_point, chosen, special_ids=special)
         return site, {where.layer: range(len(chosen) + len(PARTS))}
+
+    def _neurons(self, parts: Sequence[Sequence[EncodedPair]]) -> list[tuple[int, int]]:
+        """(layer, neuron) of those to patch."""
+        chosen = promising_neurons(self.model, self._exploring(parts), self.config.top)
+        self._say_chosen(len(chosen), self.model.d_mlp * self.model.n_layers, "neurons")
+        return chosen
+
+    def _promising(self, parts: Sequence[Sequence[EncodedPair]], site: Latents, layer: int, total: int) -> list[int]:
+        """The latents to patch."""
+        chosen = promising_latents(self.model, self._exploring(parts), site, layer, self.config.top)
+        self._say_chosen(len(chosen), total, "latents")
+        return chosen
 
     def _exploring(self, parts: Sequence[Sequence[EncodedPair]]) -> list[list[EncodedPair]]:
         """The pairs that choose what is patched: those that are not held out, where there are any."""
         chosen = [[pair for pair in members if not pair.pair.heldout] for members in parts]
         return [members for members in chosen if members] or [list(members) for members in parts]
 
-    def _say_chosen(self, n: int, total: int, what: str) -> None:
+    def _say_chosen(
+        self,
+        n: int,
+        total: int,
+        what: str,
+        by_what: str = "those that change the stream most between the two runs (|clean - corrupted| activation times the "
+        "norm of what it writes)",
+        blind: str = ", without looking at a metric",
+    ) -> None:
         by, everyone = sum(map(len, self._exploring(groups(self.outcome.executed)))), len(self.outcome.executed)
         whose = f"the {by} pairs that are not held out" if by < everyone else "the same pairs"
-        confirm = "name a latent with --latent and other pairs" if what == "latents" else "use other pairs"
+        option = {"latents": "name a latent with --latent and ", "edges": "name an edge with --edge and "}.get(
+            what, "use "
+        )
         self.outcome.chosen = (
-            f"{n:,} of {total:,} {what} were patched: those that change the stream most between the two runs "
-            "(|clean - corrupted| activation times the norm of what it writes). They were chosen on "
-            f"{whose}, without looking at a metric, and the tests use all {everyone}; so this is exploration: "
-            f"to confirm a finding, {confirm}"
+            f"{n:,} of {total:,} {what} are listed: {by_what}. They were chosen on "
+            f"{whose}{blind}, and the tests use all {everyone}; so this is exploration: "
+            f"to confirm a finding, {option}other pairs"
         )
 
     def _must_know(self, hook_point: str) -> None:

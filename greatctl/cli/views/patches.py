@@ -28,6 +28,7 @@ def render_patch(result: Result) -> RenderableType:
     for panel in list(result.view.get("panels") or []):  # type: ignore[call-overload]
         parts.append(_list(panel) if panel["kind"] == "list" else _map(panel))
     parts += [literal(str(summary[name]), "dim") for name in _SENTENCES if summary.get(name)]
+    parts += [literal(str(sentence), "yellow") for sentence in summary.get("verified") or []]  # type: ignore[union-attr]
     if summary.get("untested"):
         names = "; ".join(summary["untested"])  # type: ignore[arg-type]
         parts.append(literal(f"no p-values for {names}: from that end the metric can only move one way", "dim"))
@@ -44,6 +45,7 @@ def _facts(summary: Mapping[str, object], names: Sequence[str]) -> RenderableTyp
     corruption = "" if summary.get("corruption") == "counterpart" else f", {summary.get('corruption')} ablation"
     lines: list[tuple[str, object]] = [
         ("model", summary.get("model")),
+        *([("method", f"{summary['method']}: estimates by gradients, not patches")] if _guessed(summary) else []),
         ("site", f"{summary['site']}, {_PLACES.get(str(summary.get('positions')), '')}{corruption}"),
         *((key, summary[key]) for key in ("sae", "hook_point") if summary.get(key)),
         ("pairs", f"{summary['n_pairs']} executed, {summary['n_refused']} refused"),
@@ -61,10 +63,22 @@ def _peaks(metrics: Mapping[str, Mapping]) -> RenderableType:
             p = peak["p_max_t"] if peak["p_max_t"] is not None else peak["q_value"]
             place = place_of(peak).removesuffix(", all positions")
             row = [f"{name}, {direction}", place, f"{peak['effect']:+.3g}", _interval(peak), number(p)]
-            cells.append(row)
-    view = table(["strongest cell", "place", "effect", "95 %", "p or q"], cells, right=(2, 3, 4))
+            cells.append([*row, _exact(peak)] if _guessed(peak) else row)
+    head = ["strongest cell", "place", "effect", "95 %", "p or q"]
+    if cells and len(cells[0]) > len(head):
+        head = ["strongest cell", "place", "estimate", "95 %", "p or q", "exact"]
+    view = table(head, cells, right=(2, 3, 4, 5))
     view.columns[0].no_wrap = view.columns[3].no_wrap = True  # a place may be folded, these may not
     return view
+
+
+def _guessed(row: Mapping) -> bool:
+    """Whether the effects are estimates."""
+    return row.get("method", "exact") != "exact"
+
+
+def _exact(row: Mapping) -> str:
+    return "not run" if row.get("exact") is None else f"{row['exact']:+.3g}"
 
 
 def _interval(row: Mapping) -> str:
@@ -74,7 +88,8 @@ def _interval(row: Mapping) -> str:
 def _title(panel: Mapping) -> str:
     sense = "destroyed by" if panel["neutral"] == 1.0 else "restored by"
     windows = " of a window of layers" if panel["windows"] else ""
-    return f"{panel['metric']}, {panel['direction']}: per cent of the difference {sense} the patch{windows}"
+    how = f" (estimates by {panel['method']})" if _guessed(panel) else ""
+    return f"{panel['metric']}, {panel['direction']}{how}: per cent of the difference {sense} the patch{windows}"
 
 
 def _map(panel: Mapping) -> RenderableType:
@@ -103,19 +118,23 @@ def _list(panel: Mapping) -> RenderableType:
             _share(row["normalised_effect"], panel["neutral"]),
             number(row["p"]),
             number(row["q_value"]),
+            *([_exact(row)] if _guessed(row) else []),
         )
         for row in rows[:_SHOWN]
     ]
     head = ["unit", "effect", "95 %", "share", "p", "q"]
-    parts: list[RenderableType] = [literal(_title(panel), "bold"), table(head, cells, right=(1, 2, 3, 4, 5))]
+    head = ["unit", "estimate", *head[2:], "exact"] if _guessed(panel) else head
+    parts: list[RenderableType] = [literal(_title(panel), "bold"), table(head, cells, right=(1, 2, 3, 4, 5, 6))]
     if len(rows) > _SHOWN:
         parts.append(literal(f"  ({len(rows) - _SHOWN} weaker ones are in cells.parquet)", "dim"))
     return Group(*parts)
 
 
 def _unit(row: Mapping) -> str:
-    words = row["part"] or (
-        f"latent {row['latent']}" if row["latent"] is not None else f"L{row['layer']} {row['neuron']}"
+    words = (
+        row["part"]
+        or row["edge"]
+        or (f"latent {row['latent']}" if row["latent"] is not None else f"L{row['layer']} {row['neuron']}")
     )
     if row["span"] is None:
         return f"{words} at {row['position_from_end']}"
