@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .errors import GreatctlError
     from .extend.hookspecs import hookimpl
+    from .notebook import open  # noqa: F401  (not in __all__: a star import must not hide the built-in)
 
 __version__ = "0.1.0"
 __all__ = ["GreatctlError", "__version__", "hookimpl"]
 
-_WHERE = {"GreatctlError": "greatctl.errors", "hookimpl": "greatctl.extend.hookspecs"}
+_WHERE = {
+    "GreatctlError": "greatctl.errors",
+    "hookimpl": "greatctl.extend.hookspecs",
+    "open": "greatctl.notebook",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -27,4 +32,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_WHERE})

@@ -1,12 +1,11 @@
 """The few statistics that greatctl's claims rest on: pure, seeded functions over numpy arrays.
 
-Three habits run through all of them. The *unit* is what was drawn independently (an author, a prompt pair),
-never the passage or the token. A p-value from `draws` random rearrangements is (count + 1) / (draws + 1),
-or exact where all rearrangements can be enumerated; the *floor*, the smallest p that could have come out at
-all, travels with it, because a floor above level / looks means that no result could have passed. And many
-looks are paid for by max-T: one rearrangement serves all columns, the largest statistic among them is kept,
-and each column is compared with that (Westfall and Young 1993), which controls the family-wise error and
-uses the dependence between columns.
+Three habits run through all of them. The *unit* is what was drawn independently (an author, a prompt pair), never the
+passage or the token. A p-value from `draws` random rearrangements is (count + 1) / (draws + 1), or exact where all
+rearrangements can be enumerated; the *floor*, the smallest p that could have come out at all, travels with it,
+because a floor above level / looks means that no result could have passed. And many looks are paid for by max-T: one
+rearrangement serves all columns, the largest statistic among them is kept, and each column is compared with that
+(Westfall and Young 1993), which controls the family-wise error and uses the dependence between columns.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ __all__ = [
     "bootstrap_interval",
     "detection_power",
     "draws_for",
+    "effect_size",
     "icc",
     "label_permutation",
     "out_of_reach",
@@ -42,7 +42,7 @@ EXACT_PAIRS = 12  # 2^11 different flips: enumerated
 LARGEST_EFFECT = 99.0  # what a difference without any spread inside the groups is reported as
 _CHUNK = 1 << 22  # numbers held at once by the resampling loops
 _CACHED = 1 << 17  # the same where each number is read three times: what stays in a processor's cache
-_TIE = 1e-10  # relative; two rearrangements of the same numbers may differ by rounding
+_TIE = 1e-10  # relative; rearrangements of the same numbers differ by rounding
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LabelTest:
 
     Attributes:
         difference: mean of labelled minus mean of unlabelled units [n_latents], in the values' own unit.
-        effect: the difference in pooled standard deviations inside the groups (Cohen's d) [n_latents].
+        effect: the difference as `effect_size` gives it [n_latents].
         p: two-sided p-value of each column alone [n_latents].
         p_max_t: family-wise p-value [n_latents].
         floor: the smallest p that these labels and draws can give.
@@ -226,8 +226,8 @@ def label_permutation(
     total = len(masks) + extra
     smallest = (2 if exact and 2 * k == n else 1) / total  # equal groups: the mirrored labels tie with the observed
     difference = x[chosen].mean(axis=0) - x[~chosen].mean(axis=0)
-    effect = _cohens_d(x[chosen], x[~chosen], difference)
-    return LabelTest(difference, effect, (alone + extra) / total, (family + extra) / total, smallest, exact)
+    p, family_wise = (alone + extra) / total, (family + extra) / total
+    return LabelTest(difference, effect_size(x[chosen], x[~chosen]), p, family_wise, smallest, exact)
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
@@ -262,8 +262,7 @@ def icc(values: ArrayLike, clusters: Sequence[object] | NDArray) -> Floats:
     """Intraclass correlation, one-way ANOVA estimate with unequal cluster sizes (Donner 1986), cut at 0.
 
     Args:
-        values: [n] or [n, n_columns] float.
-        clusters: cluster of each row [n].
+        values: [n] or [n, n_columns] float; `clusters` is the cluster of each row.
 
     Returns:
         [n_columns]; NaN where there is only one cluster, no cluster of two, or no variance.
@@ -280,6 +279,16 @@ def icc(values: ArrayLike, clusters: Sequence[object] | NDArray) -> Floats:
     size = (n - (sizes**2).sum() / n) / (m - 1)
     total = between + (size - 1) * within
     return np.where(total > 0, np.maximum(_ratio(between - within, total), 0.0), np.nan)
+
+
+def effect_size(first: Floats, second: Floats) -> Floats:
+    """Cohen's d [n_columns]: difference of means in pooled standard deviations, cut at `LARGEST_EFFECT`."""
+    difference = first.mean(axis=0) - second.mean(axis=0)
+    freedom = max(len(first) + len(second) - 2, 1)
+    squares = sum(((x - x.mean(axis=0)) ** 2).sum(axis=0) for x in (first, second))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        d = np.where(difference == 0, 0.0, difference / np.sqrt(squares / freedom))
+    return np.clip(d, -LARGEST_EFFECT, LARGEST_EFFECT)
 
 
 def smallest_detectable_effect(n1: int, n2: int | None = None, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -389,12 +398,3 @@ def _all_labels(n: int, k: int) -> Floats:
 def _random_labels(chosen: NDArray[np.bool_], draws: int, seed: int) -> Floats:
     rng = np.random.default_rng(seed)
     return rng.permuted(np.tile(chosen.astype(np.float64), (draws, 1)), axis=1)
-
-
-def _cohens_d(first: Floats, second: Floats, difference: Floats) -> Floats:
-    freedom = max(len(first) + len(second) - 2, 1)
-    squares = ((first - first.mean(axis=0)) ** 2).sum(axis=0) + ((second - second.mean(axis=0)) ** 2).sum(axis=0)
-    pooled = np.sqrt(squares / freedom)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        d = np.where(difference == 0, 0.0, difference / pooled)
-    return np.clip(d, -LARGEST_EFFECT, LARGEST_EFFECT)

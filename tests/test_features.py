@@ -246,7 +246,7 @@ def shards(n_windows: int = 13, d: int = 6, per_shard: int = 4):
         window = torch.cat([torch.full((lengths[w],), w, dtype=torch.int32) for w in numbers])
         position = torch.cat([torch.arange(lengths[w], dtype=torch.int32) for w in numbers])
         acts = torch.randn(len(window), d, generator=generator)
-        token = torch.where(position == 0, 0, position + 5).int()
+        token = torch.where(position == 0, 0, 10 * window + position + 5).int()  # no text twice
         yield {"acts": acts, "window": window, "position": position, "token": token}
 
 
@@ -280,25 +280,28 @@ def test_tables_equal_a_naive_computation(monkeypatch: pytest.MonkeyPatch) -> No
     for latent in range(12):
         best = sorted(((float(latents[window == w, latent].max()), -int(w)) for w in window.unique()), reverse=True)[:3]
         best = [(a, -w) for a, w in best if a > 0]
-        got = [w for w in found.top_window[latent].tolist() if w >= 0]
+        got = [w for w in found.top.window[latent].tolist() if w >= 0]
         assert got == [w for _, w in best]
         for rank, (activation, w) in enumerate(best):
-            assert found.top_activation[latent, rank] == activation
-            at = (window == w) & (position == found.top_position[latent, rank])
+            assert found.top.value[latent, rank] == activation
+            at = (window == w) & (position == found.top.position[latent, rank])
             assert latents[at, latent].item() == activation
-            assert found.top_heat[latent, rank, BEFORE] == activation
-            after = latents[(window == w) & (position == found.top_position[latent, rank] + 1), latent]
-            assert found.top_heat[latent, rank, BEFORE + 1] == (after.item() if len(after) else 0)
-    assert found.top_window[-1].tolist() == [-1, -1, -1]
-    assert found.top_heat.shape == (12, 3, BEFORE + 1 + AFTER)
+            assert found.top.heat[latent, rank, BEFORE] == activation
+            after = latents[(window == w) & (position == found.top.position[latent, rank] + 1), latent]
+            assert found.top.heat[latent, rank, BEFORE + 1] == (after.item() if len(after) else 0)
+    assert found.top.window[-1].tolist() == [-1, -1, -1]
+    assert found.top.heat.shape == (12, 3, BEFORE + 1 + AFTER)
 
 
 def test_the_size_of_chunks_and_shards_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scan(shards(), encode, 12, OWNER, n_documents=4, special_ids=[0], top_k=3)
     monkeypatch.setattr("greatctl.features.tables._BUDGET", 1)
     pieces = scan(shards(), encode, 12, OWNER, n_documents=4, special_ids=[0], top_k=3)
-    for name in ("fired", "total", "histogram", "top_activation", "top_window", "top_position", "top_heat"):
+    for name in ("fired", "total", "histogram", "document_x_sum", "stretch_total", "token_total", "position_total"):
         assert torch.equal(getattr(whole, name), getattr(pieces, name)), name
+    for name in ("top", "deciles", "near"):
+        for of in ("value", "window", "position", "heat"):
+            assert torch.equal(getattr(getattr(whole, name), of), getattr(getattr(pieces, name), of)), (name, of)
 
 
 def test_of_equal_windows_the_earlier_is_shown_and_of_equal_tokens_the_first() -> None:
@@ -307,10 +310,13 @@ def test_of_equal_windows_the_earlier_is_shown_and_of_equal_tokens_the_first() -
         "acts": torch.ones(12, 1),
         "window": window,
         "position": torch.arange(3).repeat(4).int(),
-        "token": torch.full((12,), 7).int(),
+        "token": torch.arange(12).int(),
     }
     found = scan([shard], lambda x: x, 1, [0] * 4, n_documents=1, top_k=2)
-    assert found.top_window.tolist() == [[0, 1]] and found.top_position.tolist() == [[0, 0]]
+    assert found.top.window.tolist() == [[0, 1]] and found.top.position.tolist() == [[0, 0]]
+    shard["token"] = torch.full((12,), 7).int()  # a text that comes again and again is shown once
+    found = scan([shard], lambda x: x, 1, [0] * 4, n_documents=1, top_k=2)
+    assert found.top.window.tolist() == [[0, -1]] and found.top.value.tolist() == [[1.0, 0.0]]
 
 
 def test_histogram_bins_are_half_octaves() -> None:

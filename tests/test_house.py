@@ -36,6 +36,7 @@ FLOORS = {
     "report": DOMAIN,
     "reference": DOMAIN,
     "stages": STAGES,
+    "notebook": STAGES,
     "cli": CLI,
 }
 ONE_PLACE = {

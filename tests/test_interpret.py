@@ -17,7 +17,7 @@ from greatctl.errors import InputError, IntegrityError, InterruptedRun, Manifest
 from greatctl.events import Run
 from greatctl.extend.manager import load_plugins
 from greatctl.extend.registry import Item
-from greatctl.features.hypotheses import BASELINES, COMPANIONS
+from greatctl.features.baselines import BASELINES, COMPANIONS, FROZEN, SEEDS, UNTRAINED
 from greatctl.model.loading import load, revision_of
 from greatctl.sae.folder import Origin, save
 from greatctl.sae.topk import TopK
@@ -27,7 +27,7 @@ from greatctl.stages.interpret import Config
 from greatctl.store.artifact import Identity, work
 from greatctl.store.files import write_json
 from greatctl.store.shards import ShardWriter
-from greatctl.store.tables import read_rows
+from greatctl.store.tables import read_rows, write_table
 
 SITE = "blocks.1.hook_resid_post"
 D_SAE, K, WINDOW = 64, 8, 12
@@ -111,6 +111,7 @@ def _activations(project: Project, model, tokens):
             "model_revision": revision_of(model.name),
             "hook_point": SITE,
             "d_model": 32,
+            "dtype": "float32",
             "rows": rows,
             "special_ids": [0, 1],
             "tokens": tokens.fingerprint,
@@ -150,26 +151,44 @@ def rows_of(result, name: str) -> list[dict]:
 def test_the_summary_has_the_fixed_keys(tables) -> None:
     summary = tables.summary
     assert summary["n_latents"] == D_SAE and 0 < summary["n_alive"] <= D_SAE
-    assert set(summary["hypotheses"][0]) == {"concept", "latent", "effect", "q_value", "verdict"}
-    assert summary["n_characters"] == 6 and summary["n_controls"] == 7 and "sd or more" in summary["power"]
-    assert json.loads(json.dumps(summary)) == summary
-    assert tables.view["missing"] == list(BASELINES)
+    assert {"concept", "latent", "effect", "q_value", "verdict"} <= set(summary["hypotheses"][0])
+    assert summary["n_characters"] == 6 and summary["n_controls"] == 7 and "cannot be seen" in summary["power"]
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    (concept,) = summary["concepts"]
+    assert concept["concept"] == "greatness" and concept["missing"] == list(COMPANIONS)
 
 
-def test_controls_of_this_sae_are_no_longer_missing_and_those_of_another_are(tmp_path: Path) -> None:
-    world = make_world(tmp_path, {"great-0": "character", "plain-0": "control"})
+def test_companions_of_this_sae_are_measured_and_those_of_another_are_missing(tmp_path: Path) -> None:
+    world = make_world(tmp_path, SIX)
     folder = world.project.results / "controls" / "tiny"
     trained = json.loads((world.project.saes / "tiny" / "artifact.json").read_text())["fingerprint"]
-    for sae, owed in ((trained[::-1], BASELINES), (trained, [name for name in BASELINES if name not in COMPANIONS])):
+    for sae, owed in ((trained[::-1], list(COMPANIONS)), (trained, [])):
         with work(folder, Identity(controls.STAGE, {"sae": "tiny"}, inputs={"sae": sae}), fresh=True) as w:
-            write_json(w.path / "comparison.json", [])
+            _companions(w.path, str(tmp_path / "model"))
             w.seal({})
-        made = interpret.run(world, Config())
-        assert not made.up_to_date and made.view["missing"] == list(owed)
-        assert all(row["missing"] == list(owed) for row in rows_of(made, "hypotheses"))
-        assert interpret.run(world, Config()).up_to_date
+        made = interpret.run(world, Config(causal=0))
+        assert not made.up_to_date and made.summary["concepts"][0]["missing"] == owed
+        assert all(row["missing"] == owed for row in rows_of(made, "hypotheses"))
+        assert interpret.run(world, Config(causal=0)).up_to_date
+    measured = {row["baseline"]: row for row in rows_of(made, "baselines")}
+    assert all(0 <= measured[name]["bar"] <= 1 for name in COMPANIONS)
+    assert measured[FROZEN]["what"].startswith("latent ") and measured[UNTRAINED]["n"] == D_SAE
+    assert measured[SEEDS]["auroc"] is not None
+    stable = [row for row in rows_of(made, "evidence") if row["name"] == "seed stability"]
+    assert {row["state"] for row in stable} == {"passed"} and stable[0]["value"] == pytest.approx(0.9)
+    assert not (made.artifact / "untrained-model").exists() and not (made.artifact / "pass").exists()
     (folder / "comparison.json").unlink()
-    assert interpret.run(world, Config()).view["missing"] == list(BASELINES)
+    assert interpret.run(world, Config(causal=0)).summary["concepts"][0]["missing"] == list(COMPANIONS)
+
+
+def _companions(folder: Path, model: str) -> None:
+    """What `train --controls` leaves, with other weights for each."""
+    for seed, name in enumerate(controls.CONTROLS, start=10):
+        torch.manual_seed(seed)
+        save(folder / name, TopK(TopK.Config(d_in=32, d_sae=D_SAE, k=K)), 1.0, Origin(model, SITE, WINDOW))
+    write_json(folder / "comparison.json", [{"control": "this SAE", "seed": 0}])
+    cosines = {f"seed_{i}_cosine": [0.9] * D_SAE for i in (1, 2)}
+    write_table(folder / "latents.parquet", {"latent": list(range(D_SAE)), **cosines})
 
 
 def test_a_second_run_is_up_to_date_and_a_forced_one_gives_the_same_bytes(world: Context, tables) -> None:
@@ -178,7 +197,8 @@ def test_a_second_run_is_up_to_date_and_a_forced_one_gives_the_same_bytes(world:
     again = interpret.run(replace(world, force=True), Config())
     assert not again.up_to_date
     assert {p.name: p.read_bytes() for p in again.artifact.glob("*.parquet")} == before
-    assert set(before) == {f"{n}.parquet" for n in ("latents", "examples", "units", "contrasts", "hypotheses")}
+    tables_of_evidence = {f"{n}.parquet" for n in ("contrasts", "hypotheses", "evidence", "baselines", "causal")}
+    assert tables_of_evidence | {"latents.parquet", "examples.parquet", "units.parquet"} <= set(before)
 
 
 def test_every_table_says_what_it_should(tables) -> None:
@@ -190,7 +210,8 @@ def test_every_table_says_what_it_should(tables) -> None:
     one = examples[0]
     assert one["rank"] == 0 and one["work"].split()[0] == one["unit"] and one["role"] in ("character", "control")
     assert all(len(row["pieces"]) == len(row["heat"]) for row in examples)
-    assert all(max(row["heat"]) == pytest.approx(row["activation"]) for row in examples)
+    top = [row for row in examples if row["kind"] == "top"]
+    assert all(max(row["heat"]) == pytest.approx(row["activation"]) for row in top)
     assert all(row["before"] + row["token"] + row["after"] in "".join(row["pieces"]) for row in examples)
     assert {(row["unit"], row["n_documents"]) for row in units} == {(f"Author of {u}", 2) for u in SIX}
 
@@ -199,9 +220,64 @@ def test_hypotheses_are_written_with_what_is_missing(tables) -> None:
     contrasts, hypotheses = rows_of(tables, "contrasts"), rows_of(tables, "hypotheses")
     assert len(contrasts) == tables.summary["n_alive"]
     assert len(hypotheses) == min(64, len(contrasts))
-    assert all(row["missing"] == list(BASELINES) and row["reason"] for row in hypotheses)
+    assert all(row["missing"] == list(COMPANIONS) and row["reason"] for row in hypotheses)
     sizes = [abs(row["effect"]) for row in hypotheses if row["verdict"] != "supported"]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_every_candidate_stands_beside_its_baselines_and_all_fourteen_checks(tables) -> None:
+    hypotheses, evidence, measured = (rows_of(tables, n) for n in ("hypotheses", "evidence", "baselines"))
+    assert [row["baseline"] for row in measured] == list(BASELINES)
+    assert all((row["bar"] is None) == (row["missing"] is not None) for row in measured)
+    bars = {row["baseline"]: row["bar"] for row in measured if row["bar"] is not None}
+    for row in hypotheses:
+        assert row["value"] == bars[row["baseline"]] == max(bars.values())
+        assert row["margin"] == pytest.approx(row["heldout_auroc"] - row["value"])
+        assert row["beats"] == (row["margin"] > 0) and row["margin_low"] <= row["margin_high"]
+        checks = [c for c in evidence if c["latent"] == row["latent"]]
+        assert [c["check"] for c in checks] == list(range(1, 15)) and all(c["reason"] for c in checks)
+        assert row["passed"] + row["failed"] + sum(c["state"] == "missing" for c in checks) == 14
+    assert {row["verdict"] for row in hypotheses} & {"supported"} == set(), "six texts of the same words"
+
+
+PAIR = """[[pair]]
+id = "p{n}"
+clean = "x q {n} z"
+corrupted = "x q {n} k"
+answer = "a"
+wrong_answer = "b"
+heldout = {held}
+"""
+
+
+def test_a_concept_of_ones_own_has_hypotheses_and_interventions_of_its_own(
+    world: Context, tables, tmp_path: Path
+) -> None:
+    own = tmp_path / "even.toml"
+    own.write_text(
+        'name = "even"\npairs = "pairs.toml"\n[positive]\ncharacter = ["great-0", "great-2", "great-4"]\n'
+        '[control]\ncharacter = ["great-1", "great-3", "great-5"]\nrole = ["control"]\n'
+    )
+    (tmp_path / "pairs.toml").write_text("".join(PAIR.format(n=n, held=str(n > 2).lower()) for n in range(8)))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "saes").symlink_to(world.project.saes)
+    ctx = replace(world, project=replace(world.project, results=tmp_path / "results"))
+    made = interpret.run(ctx, Config(concept=["greatness", str(own)], causal=2))
+    assert [c["concept"] for c in made.summary["concepts"]] == ["greatness", "even"]
+    assert (made.summary["concepts"][1]["n_characters"], made.summary["concepts"][1]["n_controls"]) == (3, 10)
+    rows = rows_of(made, "hypotheses")
+    before = {row["latent"]: row["effect"] for row in rows_of(tables, "hypotheses")}
+    assert {row["latent"]: row["effect"] for row in rows if row["concept"] == "greatness"} == before
+    trials = rows_of(made, "causal")
+    tried = {row["latent"] for row in trials if row["kind"] == "steer"}
+    moved = {row["latent"] for row in rows if row["concept"] == "even" and row["causal_effect"] is not None}
+    assert tried == moved and len(tried) == 2 and {row["concept"] for row in trials} == {"even"}
+    assert {"random", "difference of means"} <= {row["kind"] for row in trials}
+    assert {row["pair"] for row in trials} == {f"p{n}" for n in range(3, 8)}, "only pairs that nobody looked at"
+    own.write_text(own.read_text().replace("great-4", "great-0"))
+    assert interpret.plan(ctx, Config(concept=["greatness", str(own)], causal=2)).identity != (
+        interpret.plan(ctx, Config(concept=["greatness"], causal=2)).identity
+    )
 
 
 def test_a_snippet_is_read_token_by_token_and_leaves_nothing_behind(world: Context) -> None:
@@ -237,7 +313,10 @@ def test_one_latent_is_a_page(world: Context, tables) -> None:
     assert result.summary["examples"][0]["rank"] == 0 and len(result.summary["units"]) == len(SIX)
     json.dumps(result.summary, allow_nan=False)
     assert (result.summary["n_latents"], result.summary["hypotheses"]) == (D_SAE, tables.summary["hypotheses"])
-    assert result.view["page"]["latent"] == latent and "verdict" in result.view["page"]["facts"]
+    assert (
+        result.view["page"]["latent"] == latent
+        and tables.summary["hypotheses"][0]["verdict"] in result.view["headline"]
+    )
 
 
 @pytest.mark.parametrize("latent", [-1, D_SAE])
@@ -248,7 +327,7 @@ def test_a_latent_out_of_range_is_refused_with_the_bounds(world: Context, latent
 
 
 def test_words_that_make_no_sense_are_refused(world: Context) -> None:
-    for config in (Config(text="  "), Config(concept="greatnes"), Config(text="a", latent=1)):
+    for config in (Config(text="  "), Config(concept=["greatnes"]), Config(text="a", latent=1)):
         with pytest.raises(UsageError):
             interpret.plan(world, config)
     with pytest.raises(UsageError, match="tokens"):

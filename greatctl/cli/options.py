@@ -64,7 +64,9 @@ def epilog(examples: Sequence[str]) -> str:
     return "\n\n".join(["Examples:", *(f"  {line}" for line in examples)])
 
 
-def stage_command(app: typer.Typer, stage: str, examples: Sequence[str]) -> Callable[[Callable], Callable]:
+def stage_command(
+    app: typer.Typer, stage: str, examples: Sequence[str], *, panel: str = "The seven stages, in order"
+) -> Callable[[Callable], Callable]:
     """Register a function that declares a stage's own options as the command of that stage."""
 
     def decorate(declaration: Callable) -> Callable:
@@ -89,7 +91,7 @@ def stage_command(app: typer.Typer, stage: str, examples: Sequence[str]) -> Call
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = declaration.__doc__
-        app.command(stage, epilog=epilog(examples), rich_help_panel="The seven stages, in order")(command)
+        app.command(stage, epilog=epilog(examples), rich_help_panel=panel)(command)
         return declaration
 
     return decorate

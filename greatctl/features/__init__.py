@@ -1,8 +1,9 @@
 """What latents mean: where they fire, what they write, and whether that follows greatness or something
 simpler.
 
-`tables` reads all activations once; `examples` and `logits` turn numbers into text; `units`, `adjust` and
-`judgement` weigh the evidence. `judge` is the public door to the last. Names load on first use.
+`tables` reads all activations once; `examples` and `logits` turn numbers into text; `units`, `adjust`, `agreement` and
+`judgement` weigh the evidence; `concepts` say which texts are compared; `baselines` and `gate` say what a latent has to
+beat, and what may be said of it then. `judge` is the public door. Names load on first use.
 """
 
 from __future__ import annotations

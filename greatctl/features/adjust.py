@@ -60,10 +60,9 @@ def adjust(cells: Cells, factor: str) -> Adjusted:
     y = cells.means - cells.means.mean(axis=0)
     y = y / np.maximum(np.sqrt((y**2).mean(axis=0)), _TINY)
     x = np.stack([np.ones(len(y)), cells.role], axis=1)
-    by_author = _same(cells.author)
-    by_level = _same(cells.factors[factor])
-    without = _fit(y, x, by_author, by_level, (0.0,))
-    within = _fit(y, x, by_author, by_level, LEVEL_GRID)
+    grouped = _Grouped(y, x, cells.author, cells.factors[factor])
+    without = _fit(grouped, (0.0,))
+    within = _fit(grouped, LEVEL_GRID)
     ratio = np.maximum(2 * (within.likelihood - without.likelihood), 0.0)
     spread_p = np.where(ratio > 0, 0.5 * scipy_stats.chi2.sf(ratio, 1), 1.0)  # a variance at its boundary
     single_p = _single_level(y, x, cells, factor, without.author_ratio)
@@ -109,20 +108,44 @@ class _Fit:
     author_ratio: Floats
 
 
-def _fit(y: Floats, x: Floats, by_author: Floats, by_level: Floats, level_grid: tuple[float, ...]) -> _Fit:
-    """The best REML fit over the grid, for each column of y [n_cells, n_latents]."""
-    n, n_latents = y.shape
+class _Grouped:
+    """Cells [n, n_latents] with a random effect of each author and of each level, in products of that many rows.
+
+    The covariance is 1 + Z D Z', Z the membership of cells and D its variances, so its inverse needs only the inverse of
+    D^-1 + Z'Z (Woodbury), which has as many rows as there are authors and levels, however many cells there are.
+    """
+
+    def __init__(self, y: Floats, x: Floats, author: NDArray[np.int64], level: NDArray[np.int64]) -> None:
+        self.n, self.n_latents = y.shape
+        members = [(group[:, None] == np.unique(group)[None, :]).astype(np.float64) for group in (author, level)]
+        z = np.concatenate(members, axis=1)
+        self.sizes = tuple(part.shape[1] for part in members)
+        self._zz, self._zx, self._zy = z.T @ z, z.T @ x, z.T @ y
+        self._xx, self._xy, self._yy = x.T @ x, x.T @ y, (y**2).sum(axis=0)
+
+    def at(self, author_ratio: float, level_ratio: float) -> tuple[float, Floats, Floats, Floats]:
+        """log |V|, X'V^-1 X [2, 2], X'V^-1 y [2, n_latents] and y'V^-1 y [n_latents] at these variance ratios."""
+        ratios = np.repeat([author_ratio, level_ratio], self.sizes)
+        used = ratios > 0
+        zx, zy = self._zx[used], self._zy[used]
+        inner = self._zz[np.ix_(used, used)] + np.diag(1 / ratios[used])
+        solved = np.linalg.solve(inner, np.concatenate([zx, zy], axis=1))
+        ax, ay = solved[:, :2], solved[:, 2:]
+        log_size = float(np.linalg.slogdet(inner)[1] + np.log(ratios[used]).sum())
+        return log_size, self._xx - zx.T @ ax, self._xy - zx.T @ ay, self._yy - (zy * ay).sum(axis=0)
+
+
+def _fit(grouped: _Grouped, level_grid: tuple[float, ...]) -> _Fit:
+    """The best REML fit over the grid, for each latent."""
+    n, n_latents = grouped.n, grouped.n_latents
     best = _Fit(np.zeros(n_latents), np.ones(n_latents), np.full(n_latents, -np.inf), np.zeros(n_latents))
     for author_ratio in AUTHOR_GRID:
         for level_ratio in level_grid:
-            v = np.eye(n) + author_ratio * by_author + level_ratio * by_level
-            inverse = np.linalg.inv(v)
-            information = x.T @ inverse @ x
+            log_size, information, xy, yy = grouped.at(author_ratio, level_ratio)
             covariance = np.linalg.inv(information)
-            coefficients = covariance @ (x.T @ (inverse @ y))
-            residual = y - x @ coefficients
-            squares = np.maximum((residual * (inverse @ residual)).sum(axis=0), _TINY)
-            penalty = np.linalg.slogdet(v)[1] + np.linalg.slogdet(information)[1]
+            coefficients = covariance @ xy
+            squares = np.maximum(yy - (coefficients * xy).sum(axis=0), _TINY)
+            penalty = log_size + np.linalg.slogdet(information)[1]
             likelihood = -0.5 * ((n - 2) * np.log(squares) + penalty)
             error = np.sqrt(squares / (n - 2) * covariance[1, 1])
             better = likelihood > best.likelihood + 1e-9

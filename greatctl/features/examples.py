@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .tables import AFTER, BEFORE
+from .best import AFTER, BEFORE
 
 __all__ = ["Decoder", "Passage"]
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
+from math import comb, isfinite
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats as scipy_stats
 
 from ..stats import auroc, benjamini_hochberg, icc, label_permutation, smallest_detectable_effect
 from .adjust import Adjusted, adjust, outlying_author
+from .agreement import HALF, LEVEL, Agreement, agreement
 from .units import Cells, Documents, gather
 
-__all__ = ["LEVEL", "VERDICTS", "Judgement", "judge", "weigh"]
+__all__ = ["LEVEL", "VERDICTS", "Judgement", "judge", "moves_as_predicted", "weigh", "with_causal"]
 
 VERDICTS = (
     "supported",
@@ -34,11 +33,10 @@ VERDICTS = (
     "unstable",
     "underpowered",
 )
-LEVEL = 0.05
 CLEAR = 0.01  # false discovery rate at which something other than role is named
-HALF = 0.5  # of the difference must remain: nearer to "all of it" than to "nothing"
 _DRAWS = 10_000
-_REACHABLE = 50  # arrangements of the held-out labels; with fewer, p <= .05 needs perfect luck
+_NAMED_AS = {"translated": "genre"}  # a translation's language is a way of writing, as a genre is
+_LOOKS = ("heldout_effect", "heldout_auroc", "works_auroc", "matched_share", "hard_share")
 
 Floats = NDArray[np.float64]
 Causal = Mapping[int, Mapping[str, float]]
@@ -66,21 +64,37 @@ def judge(
     5. If q_value is .05 or less, role must survive:
        a. the loss of any one author: the difference keeps its sign, half its size and p <= .05, else
           `not-separable-author`;
-       b. era, genre and topic, one at a time, as random effects beside a random author effect: the difference
-          keeps half its size and p <= .05, else `not-separable-…`; the factor with the strongest claim is
-          named. A factor that says exactly what role says can never be separated from it;
-       c. the held-out authors (`split` = `heldout-author`): the difference has the same sign as among the
+       b. era, genre, topic and translation, one at a time, as random effects beside a random author effect: the
+          difference keeps half its size and p <= .05, else `not-separable-…` (translation counts as genre); the
+          factor with the strongest claim is named. A factor that says exactly what role says can never be
+          separated from it;
+       c. the hard controls (`hard`), who share the subject of praise and not the role: against them alone half of
+          the difference is left, else `not-separable-topic`;
+       d. matched controls (`matches`; at least three): between a control and the works that it was matched to,
+          half of the difference is left on average, else `unstable`;
+       e. the held-out authors (`split` = `heldout-author`): the difference has the same sign as among the
           others, and where at least 50 arrangements of their labels exist, its one-sided permutation p is .05
-          or less, else `unstable`;
-       d. where `causal` has the latent: its effect lies outside the placebo band, else `no-causal-effect`.
+          or less; and the kept-apart works (`heldout-work`) of the others lie on their author's side: AUROC
+          above .5 against controls. Else `unstable`;
+       f. where `causal` has the latent: what it adds to the concept's logit difference on held-out pairs has the
+          sign that role predicts and lies beyond what equally large random directions do, p is .05 or less, and
+          it grows at more than half of the steps up in strength (each where it is given), else
+          `no-causal-effect`.
     6. What is left is `supported`. Its sign may be negative: the reason says so.
+
+    `greatctl interpret`, which also has the texts and the control autoencoders, adds one rule to these: a supported
+    latent that the style of the texts (character n-grams) or an autoencoder that had nothing to learn (frozen
+    decoder, random model) or random directions equal on the held-out authors becomes `not-supported`.
 
     Args:
         activations: [n_windows, n_latents] float; mean activation of each latent in each window.
         documents: one row a window (list of dicts, or dict of columns): author, work, role (`character`,
-            `seed` or `control`), era, genre, topic, split. A missing factor is not adjusted for, and the
-            reason says so.
-        causal: latent -> {"effect", "placebo_low", "placebo_high"}.
+            `seed` or `control`), era, genre, topic, split, and if there are any translated, matches, hard. A
+            missing factor is not adjusted for, and the reason says so.
+        causal: latent (column) -> {"effect": what it adds to the concept's logit difference, "placebo": what 95 %
+            of random directions stay below in size (or "placebo_low" and "placebo_high"), "p_value" and "p_max_t"
+            (over all that were tried; the larger counts), "dose": share of steps up in strength at which the effect
+            grows}; all but effect may be missing.
         seed: seed of the permutations.
 
     Returns:
@@ -97,7 +111,8 @@ def judge(
 
 @dataclass(frozen=True)
 class Judgement:
-    """What `weigh` found: rows with `judge`'s keys and icc; `power` says what could have been found."""
+    """What `weigh` found: rows with `judge`'s keys, icc and what `Agreement` measured; `power` says what could have
+    been found."""
 
     rows: list[dict[str, object]]
     power: str
@@ -107,47 +122,54 @@ class Judgement:
 
 
 def weigh(cells: Cells, *, causal: Causal | None = None, seed: int = 0) -> Judgement:
-    """Apply the rules of `judge` to cells; see there. Each row also has icc, the clustering by author."""
+    """Apply the rules of `judge` to cells; see there.
+
+    Each row also has icc (the clustering by author), heldout_effect, heldout_auroc, works_auroc, matched_share and
+    hard_share (see `Agreement`; NaN where there is nothing to look at).
+    """
     role = cells.author_role
     n_latents, n1, n0 = cells.means.shape[1], int(role.sum()), int((~role).sum())
     # of two-sided label arrangements the mirrored one ties when the groups are equal
     floor = (2 if n1 == n0 else 1) / comb(n1 + n0, n1) if n1 and n0 else 1.0
-    smallest = smallest_detectable_effect(n1, n0)
+    smallest = smallest_detectable_effect(n1, n0, LEVEL / max(n_latents, 1)) if n1 and n0 else float("inf")
     power = _power(cells, n1, n0, smallest, floor)
-    if not n1 or not n0:
+    if not n1 or not n0 or not n_latents:
         rows = [_row(i, 0.0, 0.5, 1.0, 1.0, "underpowered", power) for i in range(n_latents)]
         return Judgement(rows, power, smallest, n1, n0)
     test = label_permutation(cells.author_means, role, draws=_DRAWS, seed=seed)
     area = auroc(cells.author_means, role)
+    looks = agreement(cells)
     if floor > LEVEL:
         verdicts = [("underpowered", power)] * n_latents
     else:
-        verdicts = _Rules(cells, test.effect, test.p_max_t, causal or {}, seed, power).decide()
-    clustering = icc(cells.means, cells.author)
-    columns = zip(test.effect, area, test.p, test.p_max_t, verdicts, clustering, strict=True)
+        verdicts = _Rules(cells, looks, test.effect, test.p_max_t, power).decide()
+    more = {"icc": icc(cells.means, cells.author), **{name: getattr(looks, name) for name in _LOOKS}}
+    columns = zip(test.effect, area, test.p, test.p_max_t, verdicts, strict=True)
     rows = [
-        _row(i, float(e), float(a), float(p), float(q), *verdict) | {"icc": float(c)}
-        for i, (e, a, p, q, verdict, c) in enumerate(columns)
+        _row(i, float(e), float(a), float(p), float(q), *verdict) | {k: float(v[i]) for k, v in more.items()}
+        for i, (e, a, p, q, verdict) in enumerate(columns)
     ]
+    rows = [with_causal(row, (causal or {}).get(i)) for i, row in enumerate(rows)]
     return Judgement(rows, power, smallest, n1, n0)
+
+
+def with_causal(row: Mapping[str, object], causal: Mapping[str, float] | None) -> dict[str, object]:
+    """A row once rule 5f has been applied: only a supported latent has anything to lose."""
+    if row["verdict"] != "supported" or causal is None:
+        return dict(row)
+    moves, how = moves_as_predicted(causal, float(row["effect"]))  # type: ignore[arg-type]
+    verdict = "supported" if moves else "no-causal-effect"
+    return {**row, "verdict": verdict, "reason": f"{row['reason']}; {how}"}
 
 
 class _Rules:
     """The rules 4 to 6 of `judge` over all latents of one corpus."""
 
-    def __init__(self, cells: Cells, effect: Floats, q: Floats, causal: Causal, seed: int, power: str) -> None:
-        self.cells, self.effect, self.q, self.causal, self.seed, self.power = (
-            cells,
-            effect,
-            q,
-            causal,
-            seed,
-            power,
-        )
+    def __init__(self, cells: Cells, looks: Agreement, effect: Floats, q: Floats, power: str) -> None:
+        self.cells, self.looks, self.effect, self.q, self.power = cells, looks, effect, q, power
         self.adjusted: dict[str, Adjusted] = {name: adjust(cells, name) for name in cells.factors}
         self.author_p, self.author = outlying_author(cells)
         self.explained = self._explanations()
-        self.survives = _without_each_author(cells)
 
     def decide(self) -> list[tuple[str, str]]:
         """(verdict, reason) of each latent."""
@@ -167,37 +189,62 @@ class _Rules:
         if explanation is None:
             return "not-supported", f"{said}. {self.power}"
         name, p = explanation
-        who = f"{self.cells.authors[self.author[i]]} alone" if name == "author" else f"{name}"
-        return f"not-separable-{name}", f"{said}; it follows {who} (p {p:.1e})"
+        who = f"{self.cells.authors[self.author[i]]} alone" if name == "author" else _word(name)
+        return f"not-separable-{_NAMED_AS.get(name, name)}", f"{said}; it follows {who} (p {p:.1e})"
 
     def _significant(self, i: int) -> tuple[str, str]:
         way = "higher" if self.effect[i] > 0 else "lower"
         said = f"{way} in characters by {abs(self.effect[i]):.2f} sd, q {self.q[i]:.2g} over all latents given"
-        kept, who = self.survives
-        if not kept[i]:
-            return "not-separable-author", f"{said}; without {self.cells.authors[who[i]]} it does not hold"
+        if not self.looks.without_one[i]:
+            who = self.cells.authors[self.looks.worst[i]]
+            return "not-separable-author", f"{said}; without {who} it does not hold"
         failing = [name for name, a in self.adjusted.items() if not _survives(a, i)]
         if failing:
             name = min(failing, key=lambda n: (not self.adjusted[n].aliased, self.adjusted[n].factor_p[i]))
-            return f"not-separable-{name}", f"{said}; {_adjustment(name, self.adjusted[name], i)}"
-        agrees, heldout = _held_out(self.cells, i)
+            named = f"not-separable-{_NAMED_AS.get(name, name)}"
+            return named, f"{said}; {_adjustment(_word(name), self.adjusted[name], i)}"
+        if self.looks.hard_share[i] < HALF:
+            return "not-separable-topic", f"{said}; {self._hard(i)}"
+        if self.looks.matched_share[i] < HALF:
+            return "unstable", f"{said}; {self._matched(i)}"
+        agrees, heldout = self.looks.heldout(i)
         if not agrees:
             return "unstable", f"{said}; {heldout}"
-        effect = self.causal.get(i)
-        if effect is not None:
-            band = f"[{effect['placebo_low']:.3g}, {effect['placebo_high']:.3g}]"
-            if effect["placebo_low"] <= effect["effect"] <= effect["placebo_high"]:
-                return (
-                    "no-causal-effect",
-                    f"{said}; effect {effect['effect']:.3g} inside the placebo band {band}",
-                )
-            heldout += f"; effect {effect['effect']:.3g} outside the placebo band {band}"
-        return "supported", f"{said}; {self._context()}; {heldout}"
+        if self.looks.works_auroc[i] <= 0.5:
+            return "unstable", f"{said}; works kept apart: AUROC {self.looks.works_auroc[i]:.2f}"
+        return "supported", f"{said}; {self._context(i)}; {heldout}"
 
-    def _context(self) -> str:
+    def _hard(self, i: int) -> str:
+        return f"{self.looks.hard_share[i]:.0%} of it is left against the hard controls"
+
+    def _matched(self, i: int) -> str:
+        share, p = self.looks.matched_share[i], self.looks.matched_p[i]
+        return f"{share:.0%} of it is left in {self.looks.n_matched} matched pairs (p {p:.2g})"
+
+    def _context(self, i: int) -> str:
         missing = [name for name in ("era", "genre", "topic") if name not in self.adjusted]
-        kept = f"holds without any one {self.cells.unit}" + "".join(f", within {name}" for name in self.adjusted)
+        kept = f"holds without any one {self.cells.unit}" + "".join(f", within {_word(n)}" for n in self.adjusted)
+        kept += f"; {self._hard(i)}" if isfinite(self.looks.hard_share[i]) else ""
+        kept += f"; {self._matched(i)}" if isfinite(self.looks.matched_share[i]) else ""
         return kept + (f"; not adjusted for {', '.join(missing)} (not given)" if missing else "")
+
+
+def _word(factor: str) -> str:
+    return "translation" if factor == "translated" else factor
+
+
+def moves_as_predicted(causal: Mapping[str, float], way: float) -> tuple[bool, str]:
+    """Whether an intervention on the latent moves the concept as its role (`way`: +1 or -1) predicts, and how."""
+    effect = causal["effect"]
+    high = causal.get("placebo_high", causal.get("placebo", 0.0))
+    low = causal.get("placebo_low", -high)
+    beyond = effect > high if way > 0 else effect < low
+    said = f"effect {effect:.3g} {'beyond' if beyond else 'not beyond'} the placebo band [{low:.3g}, {high:.3g}]"
+    p = max(causal.get("p_value", 0.0), causal.get("p_max_t", 0.0))  # p_max_t is paid for all that were tried
+    dose = causal.get("dose", 1.0)
+    said += f", p {p:.2g}" if "p_value" in causal or "p_max_t" in causal else ""
+    said += "" if dose > HALF else ", and it does not grow with the dose"
+    return beyond and p <= LEVEL and dose > HALF, said
 
 
 def _survives(adjusted: Adjusted, i: int) -> bool:
@@ -210,64 +257,14 @@ def _adjustment(name: str, adjusted: Adjusted, i: int) -> str:
     return f"{adjusted.share[i]:.0%} of it is left beside {name} (p {adjusted.p[i]:.2g})"
 
 
-def _without_each_author(cells: Cells) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Whether role holds without any one author [n_latents], and the author whose loss hurts most."""
-    y, role = cells.author_means, cells.author_role
-    whole = y[role].mean(axis=0) - y[~role].mean(axis=0)
-    worst = np.full(y.shape[1], np.inf)
-    who = np.zeros(y.shape[1], dtype=np.int64)
-    for left_out in range(len(y)):
-        kept = np.arange(len(y)) != left_out
-        a, b = y[kept & role], y[kept & ~role]
-        if not len(a) or not len(b):
-            continue
-        difference = a.mean(axis=0) - b.mean(axis=0)
-        freedom = max(len(a) + len(b) - 2, 1)
-        squares = ((a - a.mean(axis=0)) ** 2).sum(axis=0) + ((b - b.mean(axis=0)) ** 2).sum(axis=0)
-        error = np.sqrt(squares / freedom * (1 / len(a) + 1 / len(b)))
-        bar = np.maximum(float(scipy_stats.t.isf(LEVEL / 2, freedom)) * error, HALF * np.abs(whole))
-        margin = np.sign(whole) * difference - bar
-        who, worst = np.where(margin < worst, left_out, who), np.minimum(margin, worst)
-    return worst >= 0, who
-
-
-def _held_out(cells: Cells, i: int) -> tuple[bool, str]:
-    """Whether the held-out authors agree with the others on latent i, and the words for it."""
-    held, role, y = cells.heldout, cells.author_role, cells.author_means[:, i]
-    n1, n0 = int((held & role).sum()), int((held & ~role).sum())
-    n_train1, n_train0 = int((~held & role).sum()), int((~held & ~role).sum())
-    if not (n1 and n0 and n_train1 and n_train0):
-        return True, f"no {cells.unit}s of both roles were held out"
-    train = y[~held & role].mean() - y[~held & ~role].mean()
-    test = y[held & role].mean() - y[held & ~role].mean()
-    said = f"held-out {cells.unit}s ({n1} against {n0})"
-    if train * test <= 0:
-        return False, f"{said} differ the other way"
-    if comb(n1 + n0, n1) < _REACHABLE:
-        return True, f"{said} differ the same way (too few for a test of their own)"
-    p = _one_sided(y[held] * np.sign(train), role[held])
-    return p <= LEVEL, f"{said}: p {p:.2g}"
-
-
-def _one_sided(y: Floats, role: NDArray[np.bool_]) -> float:
-    """One-sided permutation p that labelled authors are higher; exact where the arrangements are few."""
-    n, k = len(y), int(role.sum())
-    if comb(n, k) <= _DRAWS:
-        sums, extra = np.array([y[list(chosen)].sum() for chosen in combinations(range(n), k)]), 0
-    else:
-        labels = np.random.default_rng(0).permuted(np.tile(role, (_DRAWS, 1)), axis=1)
-        sums, extra = labels @ y, 1
-    # with the number of labels fixed, the sum over them orders like the difference of means
-    reached = sums >= y[role].sum() - 1e-10 * np.abs(y).sum()
-    return float((reached.sum() + extra) / (len(sums) + extra))
-
-
 def _power(cells: Cells, n1: int, n0: int, smallest: float, floor: float) -> str:
     left_out = f" ({len(cells.ambiguous)} under both roles left out)" if cells.ambiguous else ""
     who = f"{n1} {cells.unit}s of characters against {n0} of controls{left_out}"
     if floor > LEVEL:
         return f"{who}: the smallest p that can come out is {floor:.2g}, so nothing can be told"
-    return f"{who} can show (power .8, one latent, level .05) an effect of {smallest:.1f} sd or more"
+    n_latents, alone = cells.means.shape[1], smallest_detectable_effect(n1, n0)
+    looks = f"with {n_latents:,} latents looked at; {alone:.1f} for one latent written down before"
+    return f"{who}: effects below {smallest:.1f} sd between {cells.unit} means cannot be seen (power .8, {looks})"
 
 
 def _row(latent: int, effect: float, area: float, p: float, q: float, verdict: str, reason: str) -> dict[str, object]:
@@ -279,5 +276,5 @@ def _row(latent: int, effect: float, area: float, p: float, q: float, verdict: s
         "q_value": q,
         "verdict": verdict,
         "reason": reason,
-        "icc": float("nan"),
+        **dict.fromkeys(("icc", *_LOOKS), float("nan")),
     }

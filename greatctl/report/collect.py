@@ -4,72 +4,83 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..store.artifact import Artifact
-from ..store.tables import read_rows
-from . import corpus, features, patches, sae
-from .view import Block, Prose, Section, Table, View
+from . import circuits, corpus, explore, features, hypotheses, patches, provenance, sae
+from .tables import rows
+from .view import Block, Finding, Prose, Section, Table, View
 
-__all__ = ["view"]
+__all__ = ["Parts", "view"]
 
 
-def view(
-    *,
-    tokens: Artifact | None,
-    activations: Artifact | None,
-    sae: Artifact | None,
-    features: Artifact | None,
-    patches: Mapping[str, Artifact],
-    plugin_sections: Sequence[Mapping],
-    root: Path,
-    latents: int,
-    rules: str,
-    controls: Artifact | None = None,
-) -> View:
+@dataclass(frozen=True)
+class Parts:
+    """The artifacts that the page tells of; what is not made yet is None.
+
+    Attributes:
+        sae: the autoencoder that `features` are of, or the newest; `controls` are its companions.
+        saes: every autoencoder of the project.
+        patches: name -> patching run.
+        sources: source id -> what `fetch` kept of it.
+        others: further artifacts that one of these was made from.
+    """
+
+    tokens: Artifact | None = None
+    activations: Artifact | None = None
+    sae: Artifact | None = None
+    controls: Artifact | None = None
+    features: Artifact | None = None
+    saes: Sequence[Artifact] = ()
+    patches: Mapping[str, Artifact] = field(default_factory=dict)
+    sources: Mapping[str, Artifact] = field(default_factory=dict)
+    others: Sequence[Artifact] = ()
+
+    def all(self) -> list[Artifact]:
+        """Every artifact but the sources, in the order of the experiment."""
+        single = (self.tokens, self.activations, self.sae, self.controls, self.features)
+        return [*(a for a in single if a), *self.patches.values(), *self.saes, *self.others]
+
+
+def view(parts: Parts, *, plugin_sections: Sequence[Mapping], root: Path, latents: int, rules: str) -> View:
     """The report of what is there; what is not made yet is named.
 
     Args:
-        patches: `patch/NAME` -> artifact.
         plugin_sections: checked sections of plugins.
         root: the project's folder; paths are shown relative to it.
-        latents: how many latents get a card.
+        latents: how many latents get a page.
         rules: the written rules of the verdicts.
-        controls: the companions of `sae`.
     """
+    found = parts.features
+    pages = features.chosen(found, latents) if found else []
     sections = [
-        Section("corpus", "The texts", _corpus(tokens)),
-        Section("autoencoder", "The autoencoder", _sae(sae, activations, controls)),
-        Section("hypotheses", "Characters against controls", _hypotheses(features, rules)),
-        Section("latents", "Latents", _latents(features, latents)),
-        Section("patching", "Patching", _patching(patches)),
+        Section("hypotheses", "Hypotheses and what stands against them", _hypotheses(found, rules, pages)),
+        Section("latents", "Latents", _latents(found, parts.tokens, pages)),
+        Section("patching", "Patching", _patching(parts.patches)),
         *_plugins(plugin_sections),
-        Section("provenance", "Provenance", _provenance(tokens, activations, sae, features, patches, root)),
+        Section("autoencoder", "The autoencoder", _sae(parts)),
+        Section("corpus", "The texts", _corpus(parts)),
+        Section("provenance", "Provenance", provenance.section(parts.all(), parts.sources, root)),
     ]
-    return View(
-        "Greatness, as hypotheses that can fail",
-        _subtitle(tokens, activations),
-        _findings(sae, features, patches),
-        sections,
-    )
+    return View("Greatness, as hypotheses that can fail", _subtitle(parts), _findings(parts), sections)
 
 
-def _subtitle(tokens: Artifact | None, activations: Artifact | None) -> str:
-    if tokens is None:
+def _subtitle(parts: Parts) -> str:
+    if parts.tokens is None:
         return "No text has been read yet."
-    model = f", read by {_json(activations, 'meta.json')['model']}" if activations else ""
-    documents = read_rows(tokens.path / "documents.parquet", ["document"])
-    return f"{len(documents)} texts, {tokens.summary['n_tokens']:,} tokens{model}."
+    model = f", read by {_json(parts.activations, 'meta.json')['model']}" if parts.activations else ""
+    documents = rows(parts.tokens.path / "documents.parquet", ["document"])
+    return f"{len(documents)} texts, {parts.tokens.summary['n_tokens']:,} tokens{model}."
 
 
-def _findings(trained: Artifact | None, interpreted: Artifact | None, patched: Mapping[str, Artifact]) -> list[str]:
-    found = []
-    if trained:
-        found.append(sae.finding(trained.summary))
-    if interpreted:
-        found.append(features.finding(interpreted))
-    found += [patches.finding(name.removeprefix("patch/"), a.summary) for name, a in patched.items()]
+def _findings(parts: Parts) -> list[Finding]:
+    found: list[Finding] = hypotheses.findings(parts.features) if parts.features else []
+    for name, artifact in parts.patches.items():
+        found.append(_of(artifact).finding(name, artifact))
+    if parts.sae:
+        found.append(sae.finding(parts.sae, parts.saes))
     return found
 
 
@@ -77,74 +88,58 @@ def _missing(command: str, what: str) -> list[Block]:
     return [Prose(f"{what} is not made yet: greatctl {command}", quiet=True)]
 
 
-def _corpus(tokens: Artifact | None) -> list[Block]:
-    return corpus.section(tokens) if tokens else _missing("tokenize", "The set of token windows")
+def _corpus(parts: Parts) -> list[Block]:
+    if parts.tokens is None:
+        return _missing("tokenize", "The set of token windows")
+    return corpus.section(parts.tokens, parts.sources)
 
 
-def _sae(trained: Artifact | None, activations: Artifact | None, controls: Artifact | None) -> list[Block]:
-    return sae.section(trained, activations, controls) if trained else _missing("train", "An autoencoder")
+def _sae(parts: Parts) -> list[Block]:
+    if parts.sae is None:
+        return _missing("train", "An autoencoder")
+    return sae.section(parts.sae, parts.controls, parts.saes)
 
 
-def _hypotheses(interpreted: Artifact | None, rules: str) -> list[Block]:
-    return features.hypotheses(interpreted, rules) if interpreted else _missing("interpret", "The contrast")
+def _hypotheses(interpreted: Artifact | None, rules: str, pages: Sequence[int]) -> list[Block]:
+    return hypotheses.section(interpreted, rules, pages) if interpreted else _missing("interpret", "The contrast")
 
 
-def _latents(interpreted: Artifact | None, count: int) -> list[Block]:
-    return features.cards(interpreted, count) if interpreted else _missing("interpret", "The table of latents")
+def _latents(interpreted: Artifact | None, tokens: Artifact | None, pages: Sequence[int]) -> list[Block]:
+    if interpreted is None:
+        return _missing("interpret", "The table of latents")
+    return [*features.cards(interpreted, tokens, pages), *explore.index(interpreted, pages)]
 
 
 def _patching(patched: Mapping[str, Artifact]) -> list[Block]:
     if not patched:
         return _missing("patch", "A patching run")
-    return [block for name, a in patched.items() for block in patches.section(name.removeprefix("patch/"), a)]
+    return [block for name, artifact in patched.items() for block in _of(artifact).section(name, artifact)]
+
+
+def _of(patched: Artifact) -> Any:
+    """Who tells of a patching run: one that found or tested a circuit, or one that swept cells."""
+    return circuits if "circuit" in patched.summary else patches
 
 
 def _plugins(sections: Sequence[Mapping]) -> list[Section]:
     made = []
     for number, section in enumerate(sections):
-        blocks: list[Block] = [
-            Prose(str(b["text"])) if b["kind"] == "prose" else Table(list(b["columns"]), list(b["rows"]))
-            for b in section["blocks"]
-        ]
+        blocks: list[Block] = [_plugin_block(block) for block in section["blocks"]]
         blocks.append(Prose(f"From the plugin {section.get('plugin', 'unknown')}.", quiet=True))
         made.append(Section(f"plugin-{number}", str(section["title"]), blocks))
     return made
 
 
-def _provenance(
-    tokens: Artifact | None,
-    activations: Artifact | None,
-    trained: Artifact | None,
-    interpreted: Artifact | None,
-    patched: Mapping[str, Artifact],
-    root: Path,
-) -> list[Block]:
-    rows: list[list] = []
-    for artifact in (tokens, activations, trained, interpreted, *patched.values()):
-        if artifact is None:
-            continue
-        settings = ", ".join(f"{k} {v}" for k, v in artifact.config.items() if not isinstance(v, dict | list))
-        made_from = ", ".join(f"{k} {str(v)[:12]}" for k, v in dict(artifact.record["inputs"]).items())  # type: ignore[call-overload]
-        path = _relative(artifact.path, root)
-        rows.append([artifact.stage, path, artifact.fingerprint[:12], settings, _short(made_from)])
-    versions = tokens.record["versions"] if tokens else {}
-    words = (
-        "Fingerprints say what was asked for; every file's sha256 is in the artifact.json beside it (greatctl verify)."
-    )
-    used = ", ".join(f"{k} {v}" for k, v in versions.items())  # type: ignore[union-attr]
-    return [
-        Prose(words),
-        Table(["stage", "artifact", "fingerprint", "settings", "made from"], rows),
-        Prose(used, quiet=True),
-    ]
+def _plugin_block(block: Mapping) -> Block:
+    if block["kind"] == "prose":
+        return Prose(str(block["text"]))
+    cells = list(zip(*block["rows"], strict=True))
+    numeric = [n for n, column in enumerate(cells) if all(_number(cell) for cell in column)]
+    return Table(list(block["columns"]), list(block["rows"]), numeric=numeric)
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-
-
-def _short(text: str) -> str:
-    return text if len(text) < 160 else text[:150] + " …"
+def _number(cell: object) -> bool:
+    return cell is None or isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def _json(artifact: Artifact, name: str) -> Any:

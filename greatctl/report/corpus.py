@@ -1,12 +1,15 @@
-"""The report's section on the texts: who wrote them, what each control holds constant, and what was left out."""
+"""The report's section on the texts: who wrote them, what each control holds constant, and what was cleaned away."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..store.artifact import Artifact
-from ..store.tables import read_rows
-from .view import Block, Prose, Table
+from .charts import bars
+from .tables import rows
+from .view import Block, Prose, Table, read_from
 
 __all__ = ["section"]
 
@@ -14,25 +17,32 @@ _COLUMNS = ("work", "author", "unit", "role", "era", "genre", "topic", "split", 
 _MOST = 300  # rows; a folder of foreign text may hold a million documents
 
 
-def section(tokens: Artifact) -> list[Block]:
-    """A sentence on the units, the table of works, and what was cut down before any window was made."""
-    rows = read_rows(tokens.path / "documents.parquet")
-    blocks: list[Block] = [Prose(_units(rows)), Table([*_COLUMNS[:-1], "tokens"], _works(rows), numeric=[8])]
-    if len(rows) > _MOST:
-        blocks.append(Prose(f"{len(rows) - _MOST:,} more documents are not listed.", quiet=True))
-    controls = [[row["work"], row["matches"], row["confound"]] for row in rows if row.get("confound")]
+def section(tokens: Artifact, sources: Mapping[str, Artifact]) -> list[Block]:
+    """A sentence on the units, the table of works, and what was cut before any window was made.
+
+    Args:
+        sources: source id -> what `fetch` kept of it.
+    """
+    found = rows(tokens.path / "documents.parquet")
+    works = [[row[name] for name in _COLUMNS] for row in found[:_MOST]]
+    blocks: list[Block] = [Prose(_units(found)), _tokens(found)]
+    blocks.append(Table([*_COLUMNS[:-1], "tokens"], works, numeric=[8], caption=f"All {len(found):,} texts"))
+    if len(found) > _MOST:
+        blocks.append(Prose(f"{len(found) - _MOST:,} more documents are not listed.", quiet=True))
+    controls = [[row["work"], row["matches"], row["confound"]] for row in found if row["confound"]]
     if controls:
         blocks += [
             Prose("What each control holds constant, so that it cannot pass for greatness:"),
             Table(["control", "stands against", "holds constant"], controls[:_MOST]),
         ]
-    blocks += [Prose(words) for words in (_left_out(tokens.summary), _translated(rows)) if words]
-    return blocks
+    blocks += _cleaned(found, sources)
+    blocks += [Prose(words) for words in (_left_out(tokens.summary), _translated(found)) if words]
+    return read_from(tokens, "documents.parquet", blocks)
 
 
-def _units(rows: Sequence[Mapping]) -> str:
-    authors = {row["author"] for row in rows}
-    by_role = {role: len({r["unit"] for r in rows if r["role"] == role}) for role in ("character", "seed", "control")}
+def _units(found: Sequence[Mapping[str, Any]]) -> str:
+    authors = {row["author"] for row in found}
+    by_role = {role: len({r["unit"] for r in found if r["role"] == role}) for role in ("character", "seed", "control")}
     return (
         f"{by_role['character'] + by_role['seed']} characters and {by_role['control']} controls, "
         f"{len(authors)} {'authors' if len(authors) > 1 else 'author'}. A claim about characters is a claim about how "
@@ -40,16 +50,47 @@ def _units(rows: Sequence[Mapping]) -> str:
     )
 
 
-def _works(rows: Sequence[Mapping]) -> list[list]:
-    return [[row[name] for name in _COLUMNS] for row in rows[:_MOST]]
+def _tokens(found: Sequence[Mapping[str, Any]]) -> Block:
+    """How much of each unit is read."""
+    totals: dict[str, int] = {}
+    for row in found:
+        totals[str(row["unit"])] = totals.get(str(row["unit"]), 0) + int(row["n_tokens"] or 0)
+    largest = sorted(totals.items(), key=lambda unit: (-unit[1], unit[0]))[:60]
+    words = f"{sum(totals.values()):,} tokens of {len(totals):,} units; the largest is {largest[0][0] if largest else '-'}."
+    names, counts = [name for name, _ in largest], [count for _, count in largest]
+    return bars("Tokens read of each unit", names, counts, x_title="", y_title="tokens", words=words)
 
 
-def _translated(rows: Sequence[Mapping]) -> str:
-    works = [str(row["work"]) for row in rows if row.get("translated")]
+def _cleaned(found: Sequence[Mapping[str, Any]], sources: Mapping[str, Artifact]) -> list[Block]:
+    """What cleaning took from each text and why, in bytes, and what tokenizing took after it."""
+    by_reason: dict[str, int] = {}
+    cells = []
+    for row in found:
+        artifact = sources.get(str(row["source_id"]))
+        facts = json.loads((artifact.path / "metadata.json").read_bytes()) if artifact else {}
+        removed = {str(k): int(v) for k, v in (facts.get("removed_bytes") or {}).items()}
+        for reason, n in removed.items():
+            by_reason[reason] = by_reason.get(reason, 0) + n
+        reasons = ", ".join(f"{k} {v:,}" for k, v in sorted(removed.items(), key=lambda kv: -kv[1]))
+        before = sum(int(file["bytes"]) for file in facts.get("files") or []) or None
+        kept = (facts.get("text") or {}).get("bytes")
+        cells.append([row["work"], before, kept, reasons, row["overlap_chars"], row["tokens_capped"]])
+    if not any(cell[1] or cell[4] or cell[5] for cell in cells):
+        return []
+    most = sorted(by_reason.items(), key=lambda reason: -reason[1])
+    words = "Cleaned away before anything was read: " + ", ".join(f"{k} {v:,} bytes" for k, v in most) + "."
+    headers = ["work", "bytes fetched", "bytes kept", "removed, in bytes", "repeated elsewhere, characters", "capped, tokens"]
+    after: list[Block] = [Prose(words + " Every cut stands in removed.txt beside the text, with its reason.")] if most else []
+    table = Table(headers, cells[:_MOST], numeric=[1, 2, 4, 5], caption="What was cleaned away, text by text", folded=True)
+    return [*after, table]
+
+
+def _translated(found: Sequence[Mapping[str, Any]]) -> str:
+    works = [str(row["work"]) for row in found if row["translated"]]
     return f"In translation, and so in another's words: {'; '.join(works[:20])}." if works else ""
 
 
-def _left_out(summary: Mapping) -> str:
+def _left_out(summary: Mapping[str, Any]) -> str:
     """What `tokenize` took away so that no passage counts twice and no voice outvotes the others."""
     parts = []
     if removed := summary.get("overlap_chars_removed"):

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..store.artifact import Artifact
 from ..store.tables import read_columns
-from .charts import bars, lines
-from .view import Block, Cell, Prose, Table
+from .charts import bars, lines, points
+from .view import Block, Cell, Finding, Origin, Prose, Table, read_from
 
 __all__ = ["finding", "section"]
 
@@ -24,9 +24,10 @@ _SPLITS = {
 _COSTS = ("clean", "spliced", "zero", "mean")
 
 
-def finding(summary: Mapping[str, Any]) -> str:
-    """The autoencoder in one sentence with numbers."""
-    parts = [f"The {summary['arch']} autoencoder of {summary['d_sae']:,} latents"]
+def finding(trained: Artifact, saes: Sequence[Artifact]) -> Finding:
+    """The autoencoder in one sentence with numbers; a better one that was not interpreted is named."""
+    summary = trained.summary
+    parts = [f"The {summary['arch']} autoencoder of {summary['d_sae']:,} latents ({trained.path.name})"]
     if summary.get("explained_variance") is not None:
         parts.append(
             f"explains {summary['explained_variance']:.1%} of the variance of held-out activations with "
@@ -36,25 +37,70 @@ def finding(summary: Mapping[str, Any]) -> str:
         parts.append(
             f"and, put in its place, recovers {summary['ce_loss_recovered']:.1%} of the loss that zeroing the layer would cost"
         )
-    return " ".join(parts) + f"; {summary['dead_fraction']:.1%} of the latents are dead."
+    text = " ".join(parts) + f"; {summary['dead_fraction']:.1%} of the latents are dead.{_better(trained, saes)}"
+    return Finding(text, "autoencoder", Origin(trained.fingerprint, "evaluation.json"))
 
 
-def section(trained: Artifact, activations: Artifact | None, controls: Artifact | None = None) -> list[Block]:
-    """Quality in all and by group, the loss of the spliced model, controls, training curve, densities, neighbours."""
+def _better(trained: Artifact, saes: Sequence[Artifact]) -> str:
+    """Which autoencoder of the same site beats this one in both loss and sparsity, if one does."""
+    mine, site = trained.summary, trained.config.get("hook_point")
+    if mine.get("ce_loss_recovered") is None or mine.get("l0") is None:
+        return ""
+    rivals = [
+        other
+        for other in saes
+        if other.config.get("hook_point") == site
+        and (other.summary.get("ce_loss_recovered") or 0.0) > mine["ce_loss_recovered"]
+        and (other.summary.get("l0") or float("inf")) <= mine["l0"]
+    ]
+    if not rivals:
+        return ""
+    best = max(rivals, key=lambda other: other.summary["ce_loss_recovered"])
+    return (
+        f" Another one, {best.path.name}, recovers more ({best.summary['ce_loss_recovered']:.1%}) with no more latents "
+        "a token, but these pages are not about it."
+    )
+
+
+def section(trained: Artifact, controls: Artifact | None, saes: Sequence[Artifact]) -> list[Block]:
+    """Quality in all and by group, the loss of the spliced model, controls, the other autoencoders, curve, densities."""
     measured = json.loads((trained.path / "evaluation.json").read_bytes())
     training = json.loads((trained.path / "training.json").read_bytes())
     curve = read_columns(trained.path / "metrics.parquet")
-    blocks: list[Block] = [
-        Table(["quantity", "value"], _quality(measured, training), caption="On held-out windows"),
-        *_reasons(measured),
-        *_groups(measured),
-        *_losses(measured),
+    head = [Prose(f"These pages are about {trained.path.name}."), *_losses(measured), *_reasons(measured)]
+    quality = Table(["quantity", "value"], _quality(measured, training), caption="On held-out windows", digits=4, folded=True)
+    last: list[Block] = [_density(histogram)] if (histogram := measured.get("density_histogram")) else []
+    return [
+        *read_from(trained, "evaluation.json", head),
         *_controls(controls),
-        _training(curve),
+        *_others(trained, saes),
+        *read_from(trained, "metrics.parquet", [_training(curve)]),
+        *read_from(trained, "evaluation.json", [*last, quality, *_groups(measured), *_neighbours(measured)]),
     ]
-    if histogram := measured.get("density_histogram"):
-        blocks.append(_density(histogram))
-    return [*blocks, *_neighbours(measured)]
+
+
+def _others(trained: Artifact, saes: Sequence[Artifact]) -> list[Block]:
+    """Every autoencoder of the project side by side, and what each pays in latents for what it explains."""
+    if len(saes) < 2:
+        return []
+    keys = ("arch", "d_sae", "l0", "explained_variance", "ce_loss_recovered", "dead_fraction")
+    rows: list[list[Cell]] = []
+    series: dict[str, tuple[list, list, list]] = {}
+    for other in sorted(saes, key=lambda a: a.path.name):
+        summary, site = other.summary, str(other.config.get("hook_point") or "")
+        shown = other.fingerprint == trained.fingerprint
+        rows.append([other.path.name, site, *(summary.get(key) for key in keys), shown, other.fingerprint])
+        if summary.get("l0") is not None and summary.get("explained_variance") is not None:
+            x, y, names = series.setdefault(site, ([], [], []))
+            x.append(summary["l0"])
+            y.append(summary["explained_variance"])
+            names.append(other.path.name)
+    headers = ["autoencoder", "site", "architecture", "d_sae", "L0", "explained variance", "ce recovered", "dead",
+               "shown here", "fingerprint"]  # fmt: skip
+    table = Table(headers, rows, numeric=list(range(3, 8)), caption="Every autoencoder of this project", digits=4)
+    words = "What each explains, over the latents that it uses a token: up and to the left is better."
+    chart = points("Explained variance over L0", series, x_title="L0", y_title="explained variance", words=words, equal=False)
+    return [table, *([chart] if sum(len(x) for x, _, _ in series.values()) > 2 else [])]
 
 
 def _quality(measured: Mapping[str, Any], training: Mapping[str, Any]) -> list[Sequence]:
@@ -88,7 +134,7 @@ def _groups(measured: Mapping[str, Any]) -> list[Block]:
         found = [_group_row(row, losses.get(row["label"], {})) for row in rows]
         headers = [name, "rows", "explained variance", "nmse", "l0", "l0 5 %", "l0 95 %", "ce recovered", "kl"]
         caption = f"Held-out windows by {name}" + (": " + _kinds(rows) if name == "split" else "")
-        blocks.append(Table(headers, found, numeric=list(range(1, 9)), caption=caption))
+        blocks.append(Table(headers, found, numeric=list(range(1, 9)), caption=caption, digits=4, folded=True))
     return blocks
 
 
@@ -111,7 +157,7 @@ def _losses(measured: Mapping[str, Any]) -> list[Block]:
         kl = {"spliced": "kl", "zero": "kl_zero", "mean": "kl_mean"}.get(name)
         rows.append([name, measured.get(f"ce_{name}"), kl and measured.get(kl), recovered and measured.get(recovered)])
     headers = ["in the place of the activation", "cross-entropy, nats", "KL to clean, nats", "recovered against it"]
-    return [Table(headers, rows, numeric=[1, 2, 3], caption="The language model's loss on held-out windows")]
+    return [Table(headers, rows, numeric=[1, 2, 3], caption="The language model's loss on held-out windows", digits=4)]
 
 
 def _controls(controls: Artifact | None) -> list[Block]:
@@ -135,7 +181,8 @@ def _controls(controls: Artifact | None) -> list[Block]:
         "over one-to-one pairs. A frozen decoder shows what chance gives; two seeds show how much returns."
     )
     caption = "The autoencoder beside its controls, same settings and texts"
-    return [Table(["", *keys.values()], rows, numeric=list(range(1, 9)), caption=caption), Prose(words, quiet=True)]
+    table = Table(["", *keys.values()], rows, numeric=list(range(1, 9)), caption=caption, digits=4)
+    return read_from(controls, "comparison.json", [table, Prose(words, quiet=True)])
 
 
 def _training(curve: Mapping[str, list]) -> Block:
@@ -170,4 +217,4 @@ def _neighbours(measured: Mapping[str, Any]) -> list[Block]:
         f"{found['above_0.9']:.1%} of the latents have a neighbour above 0.9."
     )
     pairs = [[pair["latent"], pair["neighbour"], pair["cosine"]] for pair in found["closest"]]
-    return [Prose(words), Table(["latent", "neighbour", "cosine"], pairs, numeric=[0, 1, 2], caption="Closest pairs")]
+    return [Prose(words), Table(["latent", "neighbour", "cosine"], pairs, numeric=[0, 1, 2], caption="Closest pairs", folded=True)]

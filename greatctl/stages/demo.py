@@ -137,11 +137,17 @@ def _contrast_sentence(interpret: Mapping, features: Path) -> str:
         if supported
         else f"none of the {len(hypotheses)} candidates passes the written rules"
     )
+    beside = (
+        f" On subjects that were held out it reaches AUROC {best['heldout_auroc']:.2f}, and {best['baseline']} "
+        f"{best['value']:.2f}."
+        if best.get("baseline") and best.get("heldout_auroc") is not None
+        else ""
+    )
     return (
         f"The latent that sets the characters' sketches most apart from the ordinary people's is {best['latent']} "
-        f"(it fires on {words}; effect {best['effect']:+.2f}, {q}), and its verdict is '{best['verdict']}': {judged}. "
-        "The unit is the subject of a text, since all thirty have one author, and none of the baselines has been computed: "
-        "read it as a habit of writing about famous people, not as greatness."
+        f"(it fires on {words}; effect {best['effect']:+.2f}, {q}), and its verdict is '{best['verdict']}': {judged}."
+        f"{beside} The unit is the subject of a text, since all thirty have one author: read it as a habit of writing about "
+        "famous people, not as greatness."
     )
 
 

@@ -3,40 +3,47 @@
     greatctl interpret                      feature tables and hypotheses of the newest SAE
     greatctl interpret --text "He rose."    the latents of a snippet, token by token
     greatctl interpret --latent 118         one latent as a page
+    greatctl interpret --labeler URL        names for the latents that are shown, scored (see `labels`)
+    greatctl interpret --export neuronpedia the latents as JSON for other tools
+
+    greatctl interpret --concept ambition   hypotheses about another concept; `all`, or a TOML file of your own
 
 The tables are one pass over the harvested activations. Every latent that fires is in the family of tests, so
-the candidates that are written down as hypotheses (chosen on training units alone) are paid for in full.
+the candidates that are written down as hypotheses (chosen on training units alone) are paid for in full. Each stands
+beside what it has to beat, and the best are changed in the running model.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ..errors import InputError, ManifestError, UsageError, did_you_mean
+from ..errors import InputError, ManifestError, UsageError
 from ..store.artifact import Artifact, Identity, current, load, touch, work
+from ..store.tables import read_rows
 from .context import Context, Plan, Result, StageConfig
 from .controls import controls_of
+from .labelers import request_of
 from .saes import Sae, find_activations, find_sae, open_sae, plugins_of
 
 if TYPE_CHECKING:
-    from ..corpus.windows import TokenStore
-    from ..features.logits import LatentLogits
-    from ..features.tables import FeatureTables
-    from ..model.interface import FrozenModel
-    from ..sae.folder import LoadedSAE
+    from ..features.concepts import Concept
+    from ..features.hypotheses import Evidence
 
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "interpret"
-CONCEPTS = ("greatness",)
-_SHOWN = 20  # hypotheses in the summary
+_SHOWN = 20  # hypotheses of each concept in the summary
+_KEYS = (
+    "concept", "latent", "effect", "q_value", "verdict", "heldout_auroc", "baseline", "value", "margin", "beats",
+    "causal_effect", "claim",
+)  # fmt: skip
 
 
 class Config(StageConfig):
@@ -46,14 +53,25 @@ class Config(StageConfig):
     top_k: int = Field(10, ge=1, description="latents a token with --text")
     sae: str | None = Field(None, description="name under results/saes, or a folder (the newest)")
     latent: int | None = Field(None, description="show one latent as a page")
-    concept: str = Field("greatness", description="what the contrast is called")
+    concept: list[str] = Field(
+        ["greatness"], description="bundled concept, TOML file, or all (repeatable)", min_length=1
+    )
     unit: Literal["author", "subject"] = Field(
         "author",
         description="what is drawn independently: authors, or subjects where one author wrote everything",
     )
     examples: int = Field(10, ge=1, le=100, description="strongest passages kept of each latent")
     candidates: int = Field(64, ge=1, description="latents written down as hypotheses")
+    causal: int = Field(
+        6, ge=0, le=100, description="best latents of each concept that are changed in the running model; 0 for none"
+    )
     seed: int = Field(0, ge=0, description="seed of the permutations")
+    labeler: str | None = Field(
+        None, description="who names latents: an OpenAI-compatible address, or hf:NAME_OR_DIR (nobody)"
+    )
+    labeler_model: str | None = Field(None, description="the model that the labeler's server is asked for")
+    labels: int = Field(24, ge=1, le=10_000, description="latents named, the first candidates first")
+    export: Literal["neuronpedia"] | None = Field(None, description="also write the latents for other tools")
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,7 @@ class _Job:
     activations: Artifact | None = None
     meta: Mapping[str, object] | None = None
     controls: Artifact | None = None
+    concepts: tuple[Concept, ...] = ()
 
 
 def plan(ctx: Context, config: Config) -> Plan:
@@ -73,7 +92,7 @@ def plan(ctx: Context, config: Config) -> Plan:
     Raises:
         InputError: no SAE, no activations of its hook point, or activations whose tokens are gone.
         UsageError: empty text, an unknown concept, or --text together with --latent.
-        ManifestError: `latent` is out of range.
+        ManifestError: `latent` is out of range, or a concept file is malformed.
     """
     return _prepare(ctx, config).plan
 
@@ -93,17 +112,44 @@ def run(ctx: Context, config: Config) -> Result:
     else:
         ctx.run.notice(f"interpret: {reason or 'forced'}")
         artifact = _tables(ctx, config, job, final, identity)
+    more = _more(ctx, config, job, artifact)
     if config.latent is not None:
-        return _page(artifact, config.latent, up_to_date)
-    view = {"missing": _missing(job.controls), "power": artifact.summary.get("power")}
-    return Result(STAGE, artifact.path, artifact.summary, up_to_date=up_to_date, view=view)
+        return _page(ctx, artifact, config.latent, up_to_date, more)
+    view = {"reasons": _reasons(artifact), "baselines": read_rows(artifact.path / "baselines.parquet")}
+    summary = {**_named(ctx, artifact), **more}
+    return Result(STAGE, artifact.path, summary, up_to_date=up_to_date, view=view)
 
 
-def _missing(controls: Artifact | None) -> list[str]:
-    """The baselines that a verdict stands without."""
-    from ..features.hypotheses import BASELINES, COMPANIONS
+def _more(ctx: Context, config: Config, job: _Job, artifact: Artifact) -> dict[str, object]:
+    """The labels and the export that were asked for, as keys of the summary."""
+    from .interpret_more import Made, export_neuronpedia, label_latents
 
-    return [name for name in BASELINES if controls is None or name not in COMPANIONS]
+    assert job.activations is not None and job.meta is not None
+    made, more = Made(artifact, job.sae, job.activations, job.meta), dict[str, object]()
+    if config.labeler:
+        words = (config.labeler, config.labeler_model)
+        more["labels"] = label_latents(ctx, made, *words, count=config.labels, also=config.latent, seed=config.seed)
+    if config.export:
+        more["export"] = str(export_neuronpedia(ctx, made))
+    return more
+
+
+def _named(ctx: Context, artifact: Artifact) -> dict[str, object]:
+    """The summary with the name of each latent beside its hypothesis."""
+    from .interpret_more import names_of
+
+    rows: list[dict] = artifact.summary["hypotheses"]
+    names = names_of(ctx, artifact, [row["latent"] for row in rows])
+    return {**artifact.summary, "hypotheses": [{**row, "name": names[row["latent"]]} for row in rows]}
+
+
+def _reasons(artifact: Artifact) -> list[dict[str, object]]:
+    """What decided, for the first of each verdict of each concept."""
+    rows = read_rows(artifact.path / "hypotheses.parquet", ["concept", "latent", "verdict", "reason", "claim"])
+    first: dict[tuple[object, object], dict[str, object]] = {}
+    for row in rows:
+        first.setdefault((row["concept"], row["verdict"]), row)
+    return list(first.values())
 
 
 def _controls(ctx: Context, sae: Sae) -> Artifact | None:
@@ -113,14 +159,14 @@ def _controls(ctx: Context, sae: Sae) -> Artifact | None:
 
 
 def _prepare(ctx: Context, config: Config) -> _Job:
-    if config.concept not in CONCEPTS:
-        raise UsageError(
-            f"the concept {config.concept!r} is not defined",
-            why="a concept needs texts that show it and texts that do not",
-            fix=did_you_mean(config.concept, CONCEPTS),
-        )
+    from ..features.concepts import concepts_named
+
+    concepts = tuple(concepts_named(config.concept))
     if config.text is not None and config.latent is not None:
         raise UsageError("--text and --latent exclude each other", why="they are two views", fix="drop one")
+    request_of(ctx, config.labeler, config.labeler_model)
+    if config.text is not None and (config.labeler or config.export):
+        raise UsageError("--text goes with neither --labeler nor --export", why="it makes no tables", fix="drop --text")
     if config.text is not None and not config.text.strip():
         raise UsageError("the text is empty", why="there is no token to show", fix='give --text "some words"')
     sae = find_sae(ctx, config.sae)
@@ -143,14 +189,17 @@ def _prepare(ctx: Context, config: Config) -> _Job:
         STAGE,
         {
             "sae": sae.path.name,
-            **{name: getattr(config, name) for name in ("concept", "unit", "examples", "candidates", "seed")},
+            "concepts": {concept.name: concept.digest for concept in concepts},
+            **{name: getattr(config, name) for name in ("unit", "examples", "candidates", "causal", "seed")},
         },
         inputs={**inputs, "controls": controls.fingerprint} if controls else inputs,
         plugins=plugins_of(ctx, sae),
         model_revision=meta["model_revision"],
     )
-    facts |= {"rows": meta["rows"], "unit": config.unit}
-    return _Job(sae, Plan(STAGE, ctx.project.features / sae.path.name, identity, facts), activations, meta, controls)
+    facts |= {"labeler": config.labeler} if config.labeler else {}
+    facts |= {"rows": meta["rows"], "unit": config.unit, "concepts": [concept.name for concept in concepts]}
+    made = Plan(STAGE, ctx.project.features / sae.path.name, identity, facts)
+    return _Job(sae, made, activations, meta, controls, concepts)
 
 
 def _find_tokens(ctx: Context, meta: Mapping) -> Artifact:
@@ -203,100 +252,59 @@ def _snippet(ctx: Context, config: Config, found: Sae, text: str) -> Result:
 def _tables(ctx: Context, config: Config, job: _Job, final: Path, identity: Identity) -> Artifact:
     """Make and seal the tables."""
     from ..corpus.windows import TokenStore
-    from ..features.examples import Decoder
-    from ..features.hypotheses import weigh_latents, write_hypotheses
-    from ..features.write import Corpus, write_tables, write_units
-    from .models import open_recorded
+    from .evidence import Inputs, write_all
+    from .feature_pass import PASS, feature_pass, write_feature_tables
+    from .models import open_recorded, pick_device
 
     assert job.activations is not None and job.meta is not None
-    started, meta = time.monotonic(), job.meta
+    started, meta, device = time.monotonic(), job.meta, pick_device(ctx.device)
     store = TokenStore(ctx.project.tokens / str(meta["tokens_name"]))
-    corpus = Corpus(store.input_ids, store.token_end, store.length, store.documents, store.windows["document"])
+    unit = "unit" if config.unit == "subject" else "author"
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
-        tables, sae = _scan(ctx, config, job, store)
+        sae = open_sae(ctx, job.sae, device)
+        tables = feature_pass(ctx, sae, job.activations, store, w.path, examples=config.examples, device=device)
         ctx.run.notice("interpret: reading what the latents write")
         model = open_recorded(ctx, str(meta["model"]), str(meta["model_revision"]))
-        logits = _logits(sae, model)
-        decoder = Decoder(model.tokenizer, store.tokenizer["special_ids"])
-        write_tables(w.path, tables, corpus, decoder, logits)
+        alive = tables.fired.nonzero().squeeze(1).tolist()
+        write_feature_tables(ctx, w.path, tables, store, sae, model, unit=unit, alive=alive)
         ctx.run.stop_here()
         ctx.run.notice("interpret: weighing the evidence")
-        alive = tables.fired.nonzero().squeeze(1).tolist()
-        unit = "unit" if config.unit == "subject" else "author"
-        write_units(w.path, tables, store.documents, unit, alive)
-        ctx.run.stop_here()
-        found = weigh_latents(tables, store.documents, unit, alive, n_candidates=config.candidates, seed=config.seed)
-        ctx.run.stop_here()
-        rows = write_hypotheses(w.path, config.concept, config.unit, found, missing=_missing(job.controls))
-        keys = ("concept", "latent", "effect", "q_value", "verdict")
-        summary = {
-            "n_latents": sae.d_sae,
-            "n_alive": len(alive),
-            "n_tokens": tables.n_tokens,
-            "unit": config.unit,
-            "n_characters": found.judgement.n_characters,
-            "n_controls": found.judgement.n_controls,
-            "power": found.judgement.power,
-            "sae": job.sae.path.name,
-            "hypotheses": [{key: row[key] for key in keys} for row in rows[:_SHOWN]],
+        inputs = Inputs(store, tables, sae, model, job.activations, meta, job.controls, w.path, alive, unit, device)
+        found = write_all(
+            ctx, inputs, job.concepts, n_candidates=config.candidates, n_causal=config.causal, seed=config.seed
+        )
+        facts = {"n_latents": sae.d_sae, "n_alive": len(alive), "n_tokens": tables.n_tokens, "unit": config.unit}
+        summary = {**facts, **_summary(found), "sae": job.sae.path.name}
+        return w.seal(summary, discard=(PASS,), seconds=round(time.monotonic() - started, 3))
+
+
+def _summary(found: Sequence[Evidence]) -> dict[str, object]:
+    """The summary's part about hypotheses; n_characters, n_controls and power are the first concept's."""
+    concepts = [
+        {
+            "concept": one.weighed.concept.name,
+            "n_characters": one.weighed.judgement.n_characters,
+            "n_controls": one.weighed.judgement.n_controls,
+            "n_candidates": len(one.rows),
+            "n_supported": sum(row["verdict"] == "supported" for row in one.rows),
+            "power": one.weighed.judgement.power,
+            "missing": [baseline.name for baseline in one.baselines if baseline.bar is None],
         }
-        return w.seal(summary, seconds=round(time.monotonic() - started, 3))
-
-
-def _scan(ctx: Context, config: Config, job: _Job, store: TokenStore) -> tuple[FeatureTables, LoadedSAE]:
-    from ..features.tables import scan
-    from ..store.shards import ShardReader
-    from .models import pick_device
-
-    assert job.activations is not None
-    device = pick_device(ctx.device)
-    sae = open_sae(ctx, job.sae, device)
-    reader = ShardReader(job.activations.path)
-    done = 0
-
-    def said(rows: int) -> None:
-        nonlocal done
-        done += rows
-        ctx.run.progress("interpret", done, reader.rows, "tokens")
-        ctx.run.stop_here()
-
-    tables = scan(
-        reader,
-        sae.encode,
-        sae.d_sae,
-        store.windows["document"],
-        n_documents=len(store.documents),
-        special_ids=store.tokenizer["special_ids"],
-        top_k=config.examples,
-        device=device,
-        said=said,
-    )
-    return tables, sae
-
-
-def _logits(sae: LoadedSAE, model: FrozenModel) -> LatentLogits | None:
-    """Top and bottom logits; None where the SAE's width is not the residual stream's."""
-    from ..features.logits import latent_logits
-
-    if sae.d_in != model.d_model:
-        return None
-    return latent_logits(model, sae.W_dec, hidden=model.special_ids)
-
-
-def _page(artifact: Artifact, latent: int, up_to_date: bool) -> Result:
-    from ..features.page import latent_page
-
-    page = latent_page(artifact.path, latent)
-    contrast = page["contrast"]
-    facts = {
-        "density": page["density"],
-        "mean": page["mean"],
-        "max": page["max"],
-        "fires on": ", ".join(repr(t) for t in page["top_tokens"]),  # type: ignore[union-attr]
-        "raises": ", ".join(repr(r["token"]) for r in page["top_logits"]),  # type: ignore[union-attr,index]
-        "lowers": ", ".join(repr(r["token"]) for r in page["bottom_logits"]),  # type: ignore[union-attr,index]
-        "strongest in": ", ".join(f"{r['unit']} ({r['mean']:.3g})" for r in page["units"][:5]),  # type: ignore[index]
-        "verdict": f"{contrast['verdict']}: {contrast['reason']}" if contrast else "it never fires",  # type: ignore[index]
+        for one in found
+    ]
+    return {
+        **{name: concepts[0][name] for name in ("n_characters", "n_controls", "power")},
+        "concepts": concepts,
+        "hypotheses": [{key: row.get(key) for key in _KEYS} for one in found for row in one.rows[:_SHOWN]],
     }
-    view = {"page": {"latent": latent, "facts": facts, "examples": page["examples"]}}
-    return Result(STAGE, artifact.path, {**artifact.summary, **page}, up_to_date=up_to_date, view=view)
+
+
+def _page(ctx: Context, artifact: Artifact, latent: int, up_to_date: bool, more: Mapping[str, object]) -> Result:
+    from ..features.page import latent_page
+    from .interpret_more import name_of
+
+    page = {**latent_page(artifact.path, latent), **name_of(ctx, artifact, latent)}
+    contrast = page["contrast"]
+    headline = f"{contrast['verdict']}: {contrast['reason']}" if contrast else None  # type: ignore[index]
+    view = {"page": page, "headline": headline}
+    return Result(STAGE, artifact.path, {**artifact.summary, **page, **more}, up_to_date=up_to_date, view=view)

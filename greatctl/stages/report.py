@@ -2,8 +2,9 @@
 
     greatctl report --open
 
-Reads the newest artifact of each stage (and every patching run) and writes results/report: index.html, and report.json
-with the same as data. Parts that are not made yet are named as missing rather than left out.
+Reads the newest features with the autoencoder that they are of, every other autoencoder, every patching run and what
+all of it was made from, and writes results/report: index.html, and the same as data (report.json) and as text
+(report.md). Parts that are not made yet are named as missing rather than left out.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..errors import InputError, ManifestError
-from ..report import collect
-from ..report.view import View
-from ..store.artifact import Artifact, Identity, current, newest, sealed_under, touch, work
+from ..errors import GreatctlError, InputError, ManifestError
+from ..report.collect import Parts, view
+from ..store.artifact import Artifact, Identity, current, load, newest, sealed_under, touch, work
 from ..store.files import canonical_json, sha256_bytes, write_bytes, write_text
-from .context import Context, Plan, Result, StageConfig
+from .context import Context, Plan, Project, Result, StageConfig
 from .controls import controls_of
 
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "report"
-LAYOUT = 9  # raised when the page changes, so that an old report is remade
+LAYOUT = 11  # raised when the page changes, so that an old report is remade
+_FILES = {"html": "index.html", "md": "report.md", "json": "report.json"}
 
 
 class Config(StageConfig):
     """Settings of `greatctl report`."""
 
     open_browser: bool = Field(False, description="open the page in the browser")
-    output: Path | None = Field(None, description="also write a copy of the page here (of the data with --format json)")
-    format: Literal["html", "json"] = Field(
-        "html", description="which of the two the path, --output and --open mean: the page, or the same as data"
+    output: Path | None = Field(None, description="also write a copy of the page here (of the text or the data with --format)")
+    format: Literal["html", "md", "json"] = Field(
+        "html", description="what the path, --output and --open mean: the page, the same as text, or as data"
     )
-    latents: int = Field(24, ge=1, le=400, description="latents shown as cards")
+    latents: int = Field(24, ge=1, le=200, description="latents that get a page of their own")
 
 
 def plan(ctx: Context, config: Config) -> Plan:
@@ -101,41 +102,27 @@ def _prepare(ctx: Context, config: Config) -> tuple[Plan, Sequence[Mapping]]:
 
 
 def _write(ctx: Context, config: Config, final: Path, identity: Identity, sections: Sequence[Mapping]) -> Artifact:
+    from ..report.markdown import markdown
     from ..report.page import render
 
-    view = _view(ctx, config, sections)
-    page = render(view)
-    data = json.dumps(view.to_json(), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    made = view(
+        _checked(ctx), plugin_sections=sections, root=ctx.project.root, latents=config.latents, rules=_rules()
+    )
+    page = render(made)
     with work(final, identity, origins=ctx.origins, fresh=True) as w:
         write_text(w.path / "index.html", page)
-        write_text(w.path / "report.json", data)
+        write_text(w.path / "report.md", markdown(made))
+        write_text(w.path / "report.json", json.dumps(made.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
         return w.seal({"bytes": len(page.encode())})
 
 
 def _page(final: Path, config: Config) -> Path:
-    return final / ("report.json" if config.format == "json" else "index.html")
+    return final / _FILES[config.format]
 
 
 def _output(config: Config) -> Path | None:
     """Where the copy goes; from the current folder where it is relative."""
     return config.output.expanduser().absolute() if config.output else None
-
-
-def _view(ctx: Context, config: Config, sections: Sequence[Mapping]) -> View:
-    parts = {name: artifact.check() for name, artifact in _parts(ctx).items()}
-    patches = {name: a for name, a in parts.items() if name.startswith("patch/")}
-    return collect.view(
-        tokens=parts.get("tokens"),
-        activations=parts.get("activations"),
-        sae=parts.get("sae"),
-        controls=parts.get("controls"),
-        features=parts.get("features"),
-        patches=patches,
-        plugin_sections=sections,
-        root=ctx.project.root,
-        latents=config.latents,
-        rules=_rules(),
-    )
 
 
 def _rules() -> str:
@@ -145,16 +132,70 @@ def _rules() -> str:
     return judge.__doc__ or ""
 
 
-def _parts(ctx: Context) -> Mapping[str, Artifact]:
+def _parts(ctx: Context) -> dict[str, Artifact]:
+    """Every artifact that the page tells of, by a name that is stable."""
     project = ctx.project
-    places = {
-        "tokens": (project.tokens, "tokenize"),
-        "activations": (project.activations, "harvest"),
-        "sae": (project.saes, "train"),
-        "features": (project.features, "interpret"),
+    saes = sealed_under(project.saes, "train")
+    features = newest(project.features, "interpret")
+    made_from = str(_inputs(features).get("sae")) if features else ""
+    sae = next((a for a in saes if a.fingerprint == made_from), saes[-1] if saes else None)
+    found = {
+        "tokens": newest(project.tokens, "tokenize"),
+        "activations": newest(project.activations, "harvest"),
+        "sae": sae,
+        "features": features,
+        "controls": controls_of(project, sae) if sae else None,
     }
-    found = {name: newest(root, stage) for name, (root, stage) in places.items()}
-    if trained := found["sae"]:
-        found["controls"] = controls_of(project, trained)
-    patches = {f"patch/{a.path.name}": a for a in sealed_under(project.patches, "patch")}
-    return {name: a for name, a in {**found, **dict(sorted(patches.items()))}.items() if a is not None}
+    found |= {f"sae/{a.path.name}": a for a in saes if a is not sae}
+    found |= {f"patch/{a.path.name}": a for a in sealed_under(project.patches, "patch")}
+    parts = {name: artifact for name, artifact in sorted(found.items()) if artifact}
+    return parts | _origins(project, parts)
+
+
+def _origins(project: Project, parts: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """What the autoencoder and the features were made from, where the newest of its stage is another."""
+    wanted = {str(v) for name in ("sae", "features") if name in parts for v in _inputs(parts[name]).values()}
+    wanted -= {artifact.fingerprint for artifact in parts.values()}
+    if not wanted:
+        return {}
+    stages = ((project.tokens, "tokenize"), (project.activations, "harvest"))
+    older = [artifact for root, stage in stages for artifact in sealed_under(root, stage)]
+    return {f"from/{a.stage}/{a.fingerprint}": a for a in older if a.fingerprint in wanted}
+
+
+def _inputs(artifact: Artifact) -> Mapping[str, object]:
+    inputs = artifact.record.get("inputs")
+    return inputs if isinstance(inputs, Mapping) else {}
+
+
+def _checked(ctx: Context) -> Parts:
+    """The parts, intact, with those of the features' own making where they are at hand."""
+    parts = {name: artifact.check() for name, artifact in _parts(ctx).items()}
+    others = {name: a for name, a in parts.items() if name.startswith("from/")}
+    read = {a.stage: a for a in others.values()}
+    tokens = read.get("tokenize") or parts.get("tokens")
+    kept = [parts[name] for name in ("tokens", "activations") if name in parts]
+    return Parts(
+        tokens=tokens,
+        activations=read.get("harvest") or parts.get("activations"),
+        sae=parts.get("sae"),
+        controls=parts.get("controls"),
+        features=parts.get("features"),
+        saes=[a for name, a in parts.items() if name == "sae" or name.startswith("sae/")],
+        patches={name.removeprefix("patch/"): a for name, a in parts.items() if name.startswith("patch/")},
+        sources=_sources(ctx.project, tokens),
+        others=[*kept, *others.values()],
+    )
+
+
+def _sources(project: Project, tokens: Artifact | None) -> dict[str, Artifact]:
+    """What `fetch` kept of each text that was read, as long as it is what was read."""
+    found = {}
+    for name, fingerprint in sorted(_inputs(tokens).items()) if tokens else ():
+        try:
+            source = load(project.raw / name)
+        except GreatctlError:
+            continue
+        if source.fingerprint == fingerprint:
+            found[name] = source
+    return found

@@ -27,6 +27,7 @@ __all__ = ["damage", "survey"]
 
 _ITEMS = {"train": ("architectures", "arch"), "patch": ("metrics", "metric")}
 _COMPANIONS = "controls"  # made by `train --controls`
+_LABELS = "labels"  # made by `interpret --labeler`
 _FINE, _STALE, _DAMAGED = "up-to-date", "stale", "damaged"
 
 
@@ -81,7 +82,8 @@ def _roots(project: Project) -> dict[str, Path]:
     roots = (project.raw, project.tokens, project.activations, project.saes)
     found = dict(zip(STAGES, (*roots, project.features, project.patches, project.report), strict=True))
     after = {stage: found.pop(stage) for stage in ("interpret", "patch", "report")}
-    return {**found, _COMPANIONS: project.results / _COMPANIONS, **after}
+    results = project.results
+    return {**found, _COMPANIONS: results / _COMPANIONS, **after, _LABELS: results / _LABELS}
 
 
 def _sealed(root: Path) -> list[Path]:
@@ -128,8 +130,8 @@ def _difference(project: Project, stage: str, artifact: Artifact) -> str:
     Raises:
         GreatctlError: the stage can no longer be planned; the message says why.
     """
-    if stage == _COMPANIONS:
-        return ""  # they follow their SAE, which is judged as their input
+    if stage in (_COMPANIONS, _LABELS):
+        return ""  # they follow their SAE or its features, which are judged as their input
     if stage == "fetch":
         return ""  # a source is compared with its bytes, which only a fetch can see
     module = importlib.import_module(f"greatctl.stages.{stage}")
@@ -177,9 +179,17 @@ def _pins(artifact: Artifact) -> dict[str, object]:
         "harvest": {"hook_point": [config.get("hook_point")], "layer": None},
         "train": {"hook_point": config.get("hook_point"), "name": name},
         "interpret": {"sae": config.get("sae")},
-        "patch": {"name": name, "sae": config.get("sae")},
+        "patch": {"name": name, "sae": config.get("sae"), **_circuit(artifact)},
     }
     return pins.get(artifact.stage, {})
+
+
+def _circuit(artifact: Artifact) -> dict[str, object]:
+    """What makes a plan of `patch` be about a circuit: its kind, or the file that was tested."""
+    said = str(artifact.config.get("circuit", ""))
+    if said.startswith("{"):
+        return {"circuit_file": artifact.path / "circuit.json"}
+    return {"circuit": True, "circuit_kind": said} if said else {}
 
 
 def _identity(artifact: Artifact) -> dict[str, object]:

@@ -16,6 +16,7 @@ NAMES = (
     "interpret",
     "patch",
     "report",
+    "steer",
     "demo",
     "run",
     "init",

@@ -13,7 +13,7 @@ EXAMPLES = (
     "greatctl interpret",
     'greatctl interpret --text "He kept his head when all about him were losing theirs." --top-k 5',
     "greatctl interpret --latent 118",
-    "greatctl interpret --sae topk-2048-k32-blocks.4.hook_resid_post --json",
+    "greatctl interpret --labeler http://127.0.0.1:8000/v1 --labeler-model qwen3-8b",
 )
 
 
@@ -33,6 +33,21 @@ def register(app: typer.Typer) -> None:
         ] = None,
         examples: Annotated[int | None, Option(help="Passages kept of each latent (default 10).")] = None,
         candidates: Annotated[int | None, Option(help="Latents written down as hypotheses (default 64).")] = None,
-        concept: Annotated[str | None, Option(metavar="NAME", help="Default greatness.")] = None,
+        concept: Annotated[
+            list[str] | None,
+            Option(metavar="NAME_OR_FILE", help="greatness (default), ambition, composure, all, or a TOML file."),
+        ] = None,
+        labeler: Annotated[
+            str | None,
+            Option(metavar="URL|hf:NAME", help="Who names latents: an OpenAI-compatible server or a local model."),
+        ] = None,
+        labeler_model: Annotated[
+            str | None, Option(metavar="NAME", help="The model that the server is asked for.")
+        ] = None,
+        labels: Annotated[int | None, Option(metavar="N", help="Latents to name (default 24).")] = None,
+        export: Annotated[str | None, Option(help="neuronpedia: the latents as JSON for other tools.")] = None,
+        causal: Annotated[
+            int | None, Option(metavar="N", help="Latents a concept changed in the running model (default 6).")
+        ] = None,
     ) -> None:
         """Read latents: a snippet token by token, one latent as a page, or all of them against the controls."""

@@ -10,7 +10,12 @@ from typer import Option
 
 from ..options import stage_command
 
-EXAMPLES = ("greatctl report", "greatctl report --open", "greatctl report --output greatness.html")
+EXAMPLES = (
+    "greatctl report",
+    "greatctl report --open",
+    "greatctl report --output greatness.html",
+    "greatctl report --format md --output findings.md",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +25,7 @@ def register(app: typer.Typer) -> None:
     def report(
         open_browser: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
         output: Annotated[Path | None, Option("--output", metavar="FILE", help="Also write a copy here.")] = None,
-        latents: Annotated[int | None, Option(help="Latents shown as cards (default 24).")] = None,
-        format: Annotated[str | None, Option("--format", help="html (default) or json.")] = None,
+        latents: Annotated[int | None, Option(help="Latents with a page of their own (default 24).")] = None,
+        format: Annotated[str | None, Option("--format", help="html (default), md or json.")] = None,
     ) -> None:
         """Write one self-contained HTML file: corpus, training, features, contrasts, patch maps, provenance."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.cells import cell_len
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
@@ -18,10 +19,12 @@ from rich.text import Text
 
 from ..text import visible
 
-__all__ = ["HeatMap", "heat_strip"]
+__all__ = ["HeatMap", "heat_strip", "passage", "passage_line", "sparkline"]
 
 _WIDE, _LABEL = 5, 8  # characters a column and of the layer's label
 _NAMES = 16  # most characters of a span's name
+_STEPS = " ▁▂▃▄▅▆▇█"
+_OPEN, _CLOSE = "«", "»"  # around the token that a passage is shown for
 
 
 def heat_strip(tokens: Sequence[str], strength: Sequence[float]) -> Text:
@@ -31,6 +34,49 @@ def heat_strip(tokens: Sequence[str], strength: Sequence[float]) -> Text:
     for token, value in zip(tokens, strength, strict=True):
         text.append(visible(token), _warm(max(value, 0.0) / top))
     return text
+
+
+def sparkline(values: Sequence[float], top: float | None = None) -> str:
+    """Values >= 0 as bars of eight heights; one above 0 is never blank. `top` is full height (the largest)."""
+    full = (max(values, default=0.0) if top is None else top) or 1.0
+    return "".join(_STEPS[0] if value <= 0 else _STEPS[min(8, max(1, round(8 * value / full)))] for value in values)
+
+
+def passage(pieces: Sequence[str], heat: Sequence[float], marked: int) -> Text:
+    """Tokens with their heat; the one at `marked` in guillemets."""
+    top = max(heat, default=0.0) or 1.0
+    text = Text()
+    for place, (piece, value) in enumerate(zip(pieces, heat, strict=True)):
+        text.append_text(_piece(piece, value / top, marked=place == marked))
+    return text
+
+
+def passage_line(pieces: Sequence[str], heat: Sequence[float], marked: int, width: int) -> Text:
+    """As `passage`, as many tokens around the marked one as fit into `width` cells, about two thirds before it."""
+    top = max(heat, default=0.0) or 1.0
+    shown = [_piece(p, v / top, marked=i == marked) for i, (p, v) in enumerate(zip(pieces, heat, strict=True))]
+    sizes = [cell_len(text.plain) for text in shown]
+    first, last = marked, marked + 1
+    used = sizes[marked] if sizes else 0
+    while first > 0 and used + sizes[first - 1] <= width * 2 // 3:
+        first -= 1
+        used += sizes[first]
+    while last < len(sizes) and used + sizes[last] <= width:
+        used += sizes[last]
+        last += 1
+    line = Text(no_wrap=True).join(shown[first:last])
+    line.truncate(width, pad=True)
+    return line
+
+
+def _piece(piece: str, share: float, *, marked: bool) -> Text:
+    """One token. A marked one keeps the spaces around it outside of its guillemets."""
+    style = _warm(max(share, 0.0))
+    if not marked:
+        return Text(visible(piece), style)
+    bare = piece.strip(" ")
+    before, after = piece[: len(piece) - len(piece.lstrip(" "))], piece[len(piece.rstrip(" ")) :] if bare else ""
+    return Text.assemble(visible(before), (f"{_OPEN}{visible(bare)}{_CLOSE}", style), visible(after))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,12 @@ from rich.console import Group, RenderableType
 from ...corpus.manual import bring_command
 from ...stages.context import Result
 from ..text import literal
+from .circuits import render_circuit
 from .heat import heat_strip
+from .hypotheses import render_hypotheses
+from .latent import render_latent
 from .patches import render_patch
+from .steer import render_steer
 from .table import facts, number, size, table
 
 __all__ = ["VIEWS"]
@@ -80,6 +84,8 @@ def _plain(result: Result) -> RenderableType:
 
 
 def _train(result: Result) -> RenderableType:
+    if "sweep" in result.summary:
+        return _sweep(result)
     controls = result.summary.get("controls")
     if not isinstance(controls, Mapping):
         return _plain(result)
@@ -89,25 +95,26 @@ def _train(result: Result) -> RenderableType:
     return Group(_plain(result), table(head, rows, right=(1, 2, 3, 4, 5)))
 
 
+def _sweep(result: Result) -> RenderableType:
+    rows: list[Mapping] = list(result.summary["sweep"])  # type: ignore[call-overload]
+    keys = ("arch", "k", "lr", "l0", "explained_variance", "ce_loss_recovered", "dead_fraction", "tokens_per_second")
+    head = ["arch", "k", "lr", "l0", "EV", "CE rec.", "dead", "tokens/s", "name"]
+    cells = [(*(number(r[key]) for key in keys), r["name"]) for r in rows]
+    states = [(state, sum(r["state"] == state for r in rows)) for state in dict.fromkeys(r["state"] for r in rows)]
+    parts: list[RenderableType] = [table(head, cells, right=(1, 2, 3, 4, 5, 6, 7))]
+    parts += [literal(f"{r['name']}: {r['why']}", "yellow") for r in rows if r.get("why")]
+    waited = result.summary.get("waited_for_rows")
+    lines = [*states, *([] if waited is None else [("waited for rows", f"{waited:.1%}")])]
+    return Group(*parts, facts([*lines, ("artifact", str(result.artifact))]))
+
+
 def _interpret(result: Result) -> RenderableType:
     view = result.view
     if "strip" in view:
         return _snippet(result)
     if "page" in view:
-        return _page(view["page"])  # type: ignore[arg-type]
-    rows = [
-        (r["concept"], r["latent"], f"{r['effect']:+.2f}", number(r["q_value"]), r["verdict"])
-        for r in list(result.summary["hypotheses"])[:15]  # type: ignore[call-overload]
-    ]
-    head = [(k.replace("_", " "), v) for k, v in result.summary.items() if isinstance(v, int | float | str)]
-    parts: list[RenderableType] = [
-        facts(head),
-        table(["concept", "latent", "effect", "q", "verdict"], rows, right=(1, 2, 3)),
-    ]
-    missing = list(view.get("missing") or [])  # type: ignore[call-overload]
-    if missing:
-        parts.append(literal("baselines missing: " + ", ".join(missing), "dim"))
-    return Group(*parts)
+        return render_latent(view["page"], view.get("headline"))  # type: ignore[arg-type]
+    return render_hypotheses(result)
 
 
 def _snippet(result: Result) -> RenderableType:
@@ -120,19 +127,13 @@ def _snippet(result: Result) -> RenderableType:
     return Group(heat_strip(strip["tokens"], strip["strength"]), "", table(["token", "latents (activation)"], rows))  # type: ignore[index]
 
 
-def _page(page: Mapping) -> RenderableType:
-    parts: list[RenderableType] = [literal(f"latent {page['latent']}", "bold"), facts(list(page["facts"].items()))]
-    examples = [(r["activation"], r["work"], r["before"], r["token"], r["after"]) for r in page["examples"]]
-    parts.append(table(["act", "work", "before", "token", "after"], examples, right=(0, 2)))
-    return Group(*parts)
-
-
 VIEWS: dict[str, Callable[[Result], RenderableType]] = {
     "fetch": _fetch,
     "tokenize": _plain,
     "harvest": _plain,
     "train": _train,
     "interpret": _interpret,
-    "patch": render_patch,
+    "patch": lambda result: (render_circuit if "circuit" in result.summary else render_patch)(result),
     "report": _plain,
+    "steer": render_steer,
 }
