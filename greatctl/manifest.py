@@ -26,6 +26,7 @@ __all__ = ["MODEL", "STAGES", "Character", "Entry", "Manifest", "because", "load
 MODEL = "meta-llama/Meta-Llama-3-8B"
 STAGES = ("fetch", "tokenize", "harvest", "train", "interpret", "patch", "report")
 _ROLES = {"seed": "seed", "source": "character", "control": "control"}
+_TABLES = (*STAGES, "steer")  # defaults of each command that reads the manifest
 _LISTS = ("character", *_ROLES)
 _OWN_TABLES = {"model": ("name",), "project": ("data_dir", "results_dir")}
 _ENTRY_KEYS = (frozenset(Entry.model_fields) - {"extra", "role"}) | {"options"}
@@ -141,7 +142,7 @@ class _Check:
                 places[entries[-1].id] = path
         for entry in entries:
             self._references(entry, places[entry.id], {c.id for c in characters}, entries)
-        tables = {name: dict(self.data.get(name, {})) for name in (*STAGES, *_OWN_TABLES)}
+        tables = {name: dict(self.data.get(name, {})) for name in (*_TABLES, *_OWN_TABLES)}
         return Manifest(
             path=self.file.path, characters=characters, entries=entries, tables=tables, digest=self._digest(),
             positions=self.file.positions, places=places,
@@ -160,7 +161,7 @@ class _Check:
 
     def _shapes(self) -> None:
         """Known tables only, `[[…]]` and `[…]` where they belong, known keys in `[model]` and `[project]`."""
-        known = (*_LISTS, *STAGES, *_OWN_TABLES)
+        known = (*_LISTS, *_TABLES, *_OWN_TABLES)
         for name, value in self.data.items():
             if name not in known:
                 why = "a manifest has these tables: " + ", ".join(known)

@@ -54,8 +54,8 @@ def open(
         raise InputError(f"{root} is not a folder", why="a project is the folder of a sources.toml", where=str(root))
     path = root / "sources.toml"
     manifest = manifests.load(path if path.exists() else manifests.packaged_path())
-    given = [Path(place) if place else None for place in (data_dir, results_dir)]
-    data, results, _ = project_paths(root, manifest, *given, os.environ)
+    data_dir, results_dir = (Path(place) if place else None for place in (data_dir, results_dir))
+    data, results, _ = project_paths(root, manifest, data_dir, results_dir, os.environ)
     return OpenProject(Project(root, manifest, data, results))
 
 
@@ -150,6 +150,7 @@ class OpenProject:
         return module.run(context, resolved.config)
 
     def _tables(self, root: Path, stage: str, name: str | None) -> Tables:
+        from .stages.labels import labels_of
         from .store.artifact import sealed_under
 
         found = {artifact.path.name: artifact for artifact in sealed_under(root, stage)}
@@ -160,8 +161,8 @@ class OpenProject:
                 fix=did_you_mean(name, found) if name and found else f'run("{stage}") makes them',
             )
         artifact = found[name] if name else list(found.values())[-1]
-        labels = self.project.results / "labels" / artifact.path.name
-        return Tables(artifact.check().path, labels if stage == "interpret" else None)
+        labels = labels_of(self.project, artifact) if stage == "interpret" else None
+        return Tables(artifact.check().path, labels.path / "labels.parquet" if labels else None)
 
 
 class Saes(Mapping[str, "LoadedSAE"]):
@@ -194,8 +195,7 @@ class Tables:
 
     def __init__(self, path: Path, labels: Path | None = None) -> None:
         self.path = path
-        files = [*sorted(path.glob("*.parquet")), *([labels / "labels.parquet"] if labels else [])]
-        self._files = {file.stem: file for file in files if file.is_file()}
+        self._files = {file.stem: file for file in [*sorted(path.glob("*.parquet")), *([labels] if labels else [])]}
 
     @property
     def names(self) -> list[str]:

@@ -10,7 +10,7 @@ rearrangement serves all columns, the largest statistic among them is kept, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -30,7 +30,6 @@ __all__ = [
     "detection_power",
     "draws_for",
     "effect_size",
-    "icc",
     "label_permutation",
     "out_of_reach",
     "sign_flip_max_t",
@@ -38,6 +37,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
+Measure = Callable[[Floats], Floats]  # arrangements [n, n_units] -> statistics [n, n_columns]
 EXACT_PAIRS = 12  # 2^11 different flips: enumerated
 LARGEST_EFFECT = 99.0  # what a difference without any spread inside the groups is reported as
 _CHUNK = 1 << 22  # numbers held at once by the resampling loops
@@ -174,7 +174,7 @@ def sign_flip_max_t(
         signs = np.concatenate([np.ones((len(bits), 1)), 1.0 - 2.0 * (bits & 1)], axis=1)
     else:
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, n))
-    alone, family = _exceedances(signs, unit, observed)
+    alone, family = _exceedances(signs, _difference(unit), observed)
     extra = 0 if n <= EXACT_PAIRS else 1
     total = len(signs) + extra
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -188,15 +188,15 @@ def label_permutation(
     labels: ArrayLike,
     draws: int = 10_000,
     seed: int = 0,
-    statistic: Literal["standardised", "rank"] = "standardised",
+    statistic: Literal["standardised", "studentised"] = "standardised",
 ) -> LabelTest:
     """Do labelled units differ from the others? Labels of whole units are permuted, with max-T over all
     columns.
 
     The statistic is the difference of means in standard deviations of the column over all units (the same
-    order as the pooled two-sample t), two-sided; `rank` takes it on ranks, which is the order of the
-    Mann-Whitney statistic. Where the labels can be arranged in at most `draws` ways all are enumerated and
-    p is exact.
+    order as the pooled two-sample t), two-sided. `studentised` takes it in its own standard error (Welch's t), which
+    keeps the level where the groups' spreads differ (Janssen 1997): one work a unit here, three there. Where the labels
+    can be arranged in at most `draws` ways all are enumerated and p is exact.
 
     Args:
         values: [n_units, n_latents] (or [n_units]) float, one row a unit (an author, not a passage).
@@ -211,17 +211,15 @@ def label_permutation(
     n, k = len(chosen), int(chosen.sum())
     if k in (0, n):
         raise ValueError(f"both groups need a unit: {k} of {n} units are labelled")
-    ranked = np.asarray(scipy_stats.rankdata(x, axis=0)) if statistic == "rank" else x
-    centred = ranked - ranked.mean(axis=0)
+    centred = x - x.mean(axis=0)
     spread = np.sqrt((centred**2).mean(axis=0))
-    constant = spread <= _TIE * np.maximum(np.abs(ranked).max(axis=0), np.finfo(float).tiny)
-    unit = np.where(constant, 0.0, _ratio(centred, spread)) * (
-        n / (k * (n - k))
-    )  # sum over labelled = difference of means
+    constant = spread <= _TIE * np.maximum(np.abs(x).max(axis=0), np.finfo(float).tiny)
+    unit = np.where(constant, 0.0, _ratio(centred, spread))
+    measure = _difference(unit, k) if statistic == "standardised" else _studentised(unit, k)
     exact = comb(n, k) <= draws
     masks = _all_labels(n, k) if exact else _random_labels(chosen, draws, seed)
-    observed = np.abs(chosen.astype(float) @ unit)
-    alone, family = _exceedances(masks, unit, observed)
+    observed = measure(chosen[None].astype(float))[0]
+    alone, family = _exceedances(masks, measure, observed)
     extra = 0 if exact else 1
     total = len(masks) + extra
     smallest = (2 if exact and 2 * k == n else 1) / total  # equal groups: the mirrored labels tie with the observed
@@ -256,29 +254,6 @@ def auroc(values: ArrayLike, labels: ArrayLike) -> Floats:
         raise ValueError(f"both groups need a unit: {k} labelled, {others} not")
     ranks = np.asarray(scipy_stats.rankdata(x, axis=0))
     return (ranks[chosen].sum(axis=0) - k * (k + 1) / 2) / (k * others)
-
-
-def icc(values: ArrayLike, clusters: Sequence[object] | NDArray) -> Floats:
-    """Intraclass correlation, one-way ANOVA estimate with unequal cluster sizes (Donner 1986), cut at 0.
-
-    Args:
-        values: [n] or [n, n_columns] float; `clusters` is the cluster of each row.
-
-    Returns:
-        [n_columns]; NaN where there is only one cluster, no cluster of two, or no variance.
-    """
-    x = _columns(values)
-    _, group = np.unique(np.asarray(clusters), return_inverse=True)
-    sizes = np.bincount(group).astype(np.float64)
-    n, m = len(x), len(sizes)
-    if m < 2 or n == m:
-        return np.full(x.shape[1], np.nan)
-    means = _sums(x, group) / sizes[:, None]
-    between = (sizes[:, None] * (means - x.mean(axis=0)) ** 2).sum(axis=0) / (m - 1)
-    within = ((x - means[group]) ** 2).sum(axis=0) / (n - m)
-    size = (n - (sizes**2).sum() / n) / (m - 1)
-    total = between + (size - 1) * within
-    return np.where(total > 0, np.maximum(_ratio(between - within, total), 0.0), np.nan)
 
 
 def effect_size(first: Floats, second: Floats) -> Floats:
@@ -374,14 +349,38 @@ def _quantiles(values: Floats, limits: Sequence[float]) -> Floats:
     return np.quantile(values, limits, axis=1, overwrite_input=True)
 
 
-def _exceedances(arrangements: Floats, unit: Floats, observed: Floats) -> tuple[Floats, Floats]:
+def _difference(unit: Floats, k: int | None = None) -> Measure:
+    """|sums| over arrangements of centred columns; over k labelled units in the scale of a difference of means."""
+    scaled = unit if k is None else unit * (len(unit) / (k * (len(unit) - k)))
+
+    def measure(masks: Floats) -> Floats:
+        found = masks @ scaled
+        return np.abs(found, out=found)
+
+    return measure
+
+
+def _studentised(unit: Floats, k: int) -> Measure:
+    """|Welch's t| of k labelled units against the others, of columns with mean 0 and spread 1."""
+    n, squares = len(unit), unit**2
+    others, whole = n - k, squares.sum(axis=0)
+
+    def measure(masks: Floats) -> Floats:
+        total, square = masks @ unit, masks @ squares
+        spread = (square - total**2 / k) / (max(k - 1, 1) * k)
+        spread += (whole - square - total**2 / others) / (max(others - 1, 1) * others)
+        return np.abs(total) * (n / (k * others)) / np.sqrt(np.maximum(spread, _TIE))
+
+    return measure
+
+
+def _exceedances(arrangements: Floats, measure: Measure, observed: Floats) -> tuple[Floats, Floats]:
     """How many arrangements reach each column's statistic: by the same column, and by the largest column."""
-    alone, largest = np.zeros(unit.shape[1]), np.zeros(len(arrangements))
+    alone, largest = np.zeros(len(observed)), np.zeros(len(arrangements))
     bar = observed * (1 - _TIE)
-    rows = max(1, _CACHED // max(1, unit.shape[1]))
+    rows = max(1, _CACHED // max(1, len(observed)))
     for a in range(0, len(arrangements), rows):
-        found = arrangements[a : a + rows] @ unit
-        np.abs(found, out=found)
+        found = measure(arrangements[a : a + rows])
         alone += np.add.reduce(found >= bar, axis=0, dtype=np.int32)
         largest[a : a + rows] = found.max(axis=1, initial=0.0)
     largest.sort()

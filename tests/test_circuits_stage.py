@@ -156,7 +156,7 @@ def test_the_terminal_shows_the_verdict_and_the_curve_in_eighty_columns(found: A
 def test_the_report_draws_the_circuit_and_escapes_what_it_says(found: Any) -> None:
     artifact = load(found[1].artifact)
     blocks = told.section("<b>count</b>", artifact)
-    page = render(View("t", "s", [told.finding("<i>x", artifact.summary)], [Section("patching", "Patching", blocks)]))
+    page = render(View("t", "s", [told.finding("<i>x", artifact)], [Section("patching", "Patching", blocks)]))
     assert "<svg" in page and "slot-logits" in page and "<b>count" not in page and "&lt;b&gt;count" in page
     drawing = next(block for block in blocks if block.kind == "drawing")
     assert drawing.lines and all(line.y1 > line.y2 for line in drawing.lines)  # the stream runs upwards
@@ -236,3 +236,24 @@ def test_the_positional_shortcut_is_not_mistaken_for_induction() -> None:
 def test_the_swap_leaves_the_fixed_distance_alone() -> None:
     clean, corrupted, right, wrong = swapped(range(50), 16, 26, random.Random(1))
     assert clean[26 - 16] == corrupted[26 - 16] == right and wrong in clean and clean[-1] == corrupted[-1]
+
+
+def test_many_small_key_edges_may_carry_it_together() -> None:
+    attention = {f"a0.h{head}": 0.9 for head in range(40)}
+    keys = {f"a0.h{head}->a1.kv0.k": 0.01 for head in range(40)}
+    found = two_step(keys, attention, np.full(8, 5.0), np.full(8, -5.0))
+    assert found.found and not found.edges and "39 more key edges" in found.why
+
+
+def test_an_unknown_set_of_pairs_names_copying_too(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no pairs are called 'copyin'") as caught:
+        patch.plan(context(tmp_path / "p"), patch.Config(model=str(folder), pairs="copyin"))
+    assert "'copying'" in str(caught.value.fix) and "copying" in str(caught.value.why)
+
+
+def test_scores_that_are_estimates_say_so_in_every_table(found: Any) -> None:
+    _, result = found
+    assert result.summary["peak"]["approximate"] and result.summary["peak"]["method"] == "eap-ig"
+    for name in ("components", "minimality"):
+        assert set(read_columns(result.artifact / f"{name}.parquet")["method"]) == {"eap-ig"}
+    assert set(read_columns(result.artifact / "components.parquet")["approximate"]) == {True}

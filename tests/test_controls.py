@@ -161,7 +161,7 @@ def test_a_kill_between_companions_costs_only_the_one_that_was_being_trained(
 
 def test_the_report_shows_them_side_by_side_and_names_them_as_missing_otherwise(trained: Project) -> None:
     sae = load(trained.saes / "mine")
-    beside = sae_section.section(sae, None, controls.controls_of(trained, sae))
+    beside = sae_section.section(sae, controls.controls_of(trained, sae), [sae])
     tables = [block for block in beside if block.kind == "table"]
     found = next(t for t in tables if "controls" in t.caption)  # type: ignore[union-attr]
     assert [row[0] for row in found.rows] == ["this SAE", *controls.CONTROLS]  # type: ignore[union-attr]
@@ -169,7 +169,7 @@ def test_the_report_shows_them_side_by_side_and_names_them_as_missing_otherwise(
     assert "by character" in captions and "by author" in captions and "by work" in captions
     losses = next(t for t in tables if "loss on held-out" in t.caption)  # type: ignore[union-attr]
     assert [row[0] for row in losses.rows] == ["clean", "spliced", "zero", "mean"]  # type: ignore[union-attr]
-    alone = sae_section.section(sae, None)
+    alone = sae_section.section(sae, None, [sae])
     assert any("not trained" in getattr(block, "text", "") for block in alone)
     assert not any("not trained" in getattr(block, "text", "") for block in beside)
     made = report.run(ctx_of(trained), report.Config())

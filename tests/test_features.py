@@ -76,18 +76,6 @@ def verdicts(x: np.ndarray, rows=None, **more) -> list[str]:
     return [row["verdict"] for row in judge(x, rows or documents(), **more)]
 
 
-def test_planted_truth_is_told_apart() -> None:
-    found = verdicts(planted())
-    assert found[:5] == [
-        "supported",
-        "not-separable-author",
-        "not-separable-era",
-        "not-separable-genre",
-        "not-separable-topic",
-    ]
-    assert set(found[5:]) == {"not-supported"}
-
-
 def test_a_row_has_the_fixed_keys_and_json_values() -> None:
     row = judge(planted(), documents())[0]
     assert list(row) == ["latent", "effect", "auroc", "p_value", "q_value", "verdict", "reason"]
@@ -100,31 +88,6 @@ def test_rows_and_columns_and_seeds_give_the_same_verdicts() -> None:
     x = planted(1)
     columns = {name: [row[name] for row in documents()] for name in documents()[0]}
     assert judge(x, documents(), seed=3) == judge(x, columns, seed=3) == judge(x, documents(), seed=3)
-
-
-def test_null_corpora_seldom_contain_a_supported_latent() -> None:
-    n = 40
-    hits = sum("supported" in verdicts(null(100 + seed), seed=seed) for seed in range(n))
-    assert hits <= 0.08 * n
-
-
-def test_passage_level_tests_would_have_failed_on_the_same_null_data() -> None:
-    from scipy import stats
-
-    role = characters() > 0
-    p = [stats.ttest_ind(null(s, 10)[role], null(s, 10)[~role]).pvalue for s in range(10)]
-    assert np.mean(np.array(p) < 0.05) > 0.3
-
-
-def test_effects_of_two_and_a_half_deviations_are_found() -> None:
-    n, hits = 20, 0
-    for seed in range(n):
-        x = null(500 + seed)
-        means = gather(x, documents())
-        spread = means.author_means[~means.author_role, 7].std(ddof=1)
-        x[:, 7] += 2.5 * spread * characters()
-        hits += verdicts(x, seed=seed)[7] == "supported"
-    assert hits >= 0.8 * n
 
 
 def test_every_level_shared_by_several_authors_is_named_rightly() -> None:
@@ -167,16 +130,6 @@ def test_a_difference_that_held_out_authors_do_not_share_is_unstable() -> None:
     x[held, 0] -= 3 * SD * characters()[held]
     x[~held, 0] += 3 * SD * characters()[~held]
     assert verdicts(x)[0] == "unstable"
-
-
-def test_a_causal_effect_inside_the_placebo_band_counts_against_a_latent() -> None:
-    inside = {
-        0: {"effect": 0.1, "placebo_low": -0.2, "placebo_high": 0.2},
-        1: dict.fromkeys(("effect",), 9.0),
-    }
-    outside = {0: {"effect": 0.5, "placebo_low": -0.2, "placebo_high": 0.2}}
-    assert verdicts(planted(), causal=inside)[:2] == ["no-causal-effect", "not-separable-author"]
-    assert verdicts(planted(), causal=outside)[0] == "supported"
 
 
 def test_too_few_authors_are_called_underpowered_with_numbers() -> None:

@@ -147,9 +147,16 @@ def test_a_card_of_the_report_has_the_deciles_and_the_near_misses(folder: Path, 
     for name in ("latents", "examples", "units"):
         (tmp_path / f"{name}.parquet").write_bytes((folder / f"{name}.parquet").read_bytes())
     numbers = {"effect": 0.1, "auroc": 0.5, "q_value": 1.0, "icc": 0.2}
-    judged = {"latent": 3, "verdict": "not-supported", "reason": "no", "missing": ["difference of means"], **numbers}
+    judged = {
+        **numbers,
+        "concept": "g",
+        "latent": 3,
+        "verdict": "not-supported",
+        "reason": "no",
+        "missing": ["difference of means"],
+    }
     write_table(tmp_path / "hypotheses.parquet", pa.Table.from_pylist([judged]))
-    _, card = cards(cast(Any, SimpleNamespace(path=tmp_path, summary={"n_alive": L})), 1)
+    _, card = cards(cast(Any, SimpleNamespace(path=tmp_path, summary={"n_alive": L}, fingerprint="0" * 64)), None, [3])
     assert isinstance(card, Latent) and len(card.examples) == 3
     (deciles, across), (near, silent) = card.more
     assert "each tenth" in deciles and len(across) > 5 and "Near misses" in near and len(silent) == 3

@@ -142,3 +142,22 @@ def test_an_export_that_is_not_quite_the_same_sae_says_so(tmp_path: Path) -> Non
     train.run(ctx, train.Config(name="mine", export="sparsify"))
     (caveat,) = [str(event) for event in said if "on average" in str(event)]
     assert "train: sparsify has no threshold" in caveat and "k = 4" in caveat
+
+
+def test_a_transcoder_of_what_an_mlp_reads_is_read_with_transformer_lens(
+    tmp_path: Path, residual: torch.Tensor
+) -> None:
+    hooks = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out"}
+    written = sparsify(
+        tmp_path / "run", "layers.3.mlp", d=256, n=512, run={"model": "bundled"}, transcode=True, **hooks
+    )
+    ctx, _ = project(tmp_path / "p", "interpret")
+    result = interpret.run(ctx, interpret.Config(text=TEXT, top_k=3, sae=str(written.folder)))
+    model = load(model_dir(), name="bundled", engine="transformer-lens")
+    site = hooks["hook_name"]
+    read = model.capture(torch.tensor([encode(model.tokenizer, TEXT)]), [site])[site][0, 1:].double()
+    latents, _ = written.formula(read)
+    rows = result.summary["top"]
+    assert isinstance(rows, list) and len(rows) == 3 * len(residual) and result.summary["hook_point"] == site
+    for row in rows:
+        assert row["activation"] == pytest.approx(float(latents[row["position"], row["latent"]]), rel=1e-3)

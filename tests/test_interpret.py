@@ -152,7 +152,7 @@ def test_the_summary_has_the_fixed_keys(tables) -> None:
     summary = tables.summary
     assert summary["n_latents"] == D_SAE and 0 < summary["n_alive"] <= D_SAE
     assert {"concept", "latent", "effect", "q_value", "verdict"} <= set(summary["hypotheses"][0])
-    assert summary["n_characters"] == 6 and summary["n_controls"] == 7 and "cannot be seen" in summary["power"]
+    assert summary["n_characters"] == 6 and summary["n_controls"] == 7 and "may be missed" in summary["power"]
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     (concept,) = summary["concepts"]
     assert concept["concept"] == "greatness" and concept["missing"] == list(COMPANIONS)

@@ -20,7 +20,7 @@ def test_the_table_fits_80_columns_and_keeps_the_last_points(monkeypatch: pytest
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     curve = _Curve()
     for point in range(9):
-        curve.add({**POINT, "step": POINT["step"] + point, "tokens": POINT["tokens"] + 455_000 * point})
+        curve.add("", {**POINT, "step": POINT["step"] + point, "tokens": POINT["tokens"] + 455_000 * point})
     sink = io.StringIO()
     Console(file=sink, width=80).print(curve.table())
     lines = sink.getvalue().splitlines()
@@ -62,3 +62,13 @@ def test_a_first_line_that_comes_at_once_guesses_neither_speed_nor_time_left(
         "fetch: a book: 3,600 of 6,700 bytes, 100 bytes/s, 31 s left",
         "fetch: a book: 5,000 of 6,700, 23 s left",
     ]
+
+
+def test_a_log_line_names_the_member_of_a_sweep_and_a_curve_stays_with_its_training() -> None:
+    curve = _Curve()
+    curve.add("topk-16", dict(POINT))
+    assert " of topk-16" not in curve.words()
+    curve.add("topk-32", dict(POINT))
+    assert ", loss of topk-32 " in curve.words()
+    curve.reset()
+    assert curve.words() == ""

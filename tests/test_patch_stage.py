@@ -373,7 +373,8 @@ def reported(result: Any) -> tuple[list[Any], str]:
     from greatctl.store.artifact import load
 
     assert result.artifact
-    return section("mine", load(result.artifact)), finding("mine", result.summary)
+    artifact = load(result.artifact)
+    return section("mine", artifact), finding("mine", artifact).text
 
 
 def test_heads_have_a_map_of_layers_and_heads(tmp_path, folder):

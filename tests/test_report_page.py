@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
 
 from greatctl.report.charts import heat_map, lines
+from greatctl.report.markdown import markdown
 from greatctl.report.page import cell, render
-from greatctl.report.view import Example, Latent, Prose, Section, Table, View
+from greatctl.report.view import (
+    Curve,
+    Example,
+    Facet,
+    Finding,
+    Gate,
+    Hypothesis,
+    Index,
+    Latent,
+    Origin,
+    Prose,
+    Record,
+    Rival,
+    Section,
+    Share,
+    Table,
+    View,
+)
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -28,16 +48,32 @@ HOSTILE = [
 
 
 def _view(words: str) -> View:
-    latent = Latent(7, words, words, [(words, words), ("x", float("nan"))], [words], [words],
-                    [Example([words, "b"], [1.0, 0.0], 2.5, words)], [(words, words, 1.0)])  # fmt: skip
+    origin = Origin("f" * 64, words)
+    passage = Example([words, "b"], [1.0, 0.0], 2.5, words)
+    latent = Latent(7, words, [(words, words)], words, [(words, words), ("x", float("nan"))], [words], [words], [passage],
+                    [Facet(words, words, [Share(words, words, 1.0, 0.5, 1.5, words)])], Curve(words, [0.1, None], words),
+                    [Curve(words, [0.5, 1.0], words)], [(words, [passage])], [(words, [(3, 0.5)])], True, origin)  # fmt: skip
+    hypothesis = Hypothesis(words, 7, words, words, words, words, [(words, 1.0)], 0.7, 0.5, 0.9, [Rival(words, 0.9, words)],
+                            [Gate(1, words, words, words)], [[words, 1.0, None, 0.1, 0.2, 0.3]], origin=origin)  # fmt: skip
+    pages = [{"p": [[[words], "9", 1.0, 0]], "u": [[0, 1.0]]}]
+    index = Index({"latent": [7], "density": [0.1], "max": [float("nan")], "tokens": [[words]], "up": [[words]],
+                   "down": [[words]], "label": [words]}, {words: {"verdict": [words], "effect": [1.0]}},
+                  pages, [[words, words]], [words], 1, 1, words, origin)  # fmt: skip
+    record = Record(
+        words, words, "f" * 64, [(words, words)], [(words, words, words)], [(words, words)], [(words, 1, words)]
+    )
     blocks = [
-        Prose(words),
+        Prose(words, title=words),
+        Prose(words, summary=words),
         Table([words, "n"], [[words, 1.5], [words, None], [words, float("inf")]], numeric=[1], caption=words),
         lines(words, [0, 1], {words: [1.0, float("nan")]}, x_title=words, words=words),
-        heat_map(words, [words], [0], [[None]], [[words]], words=words),
+        heat_map(words, [words], [words], [[None]], [[words]], words=words, p_values=[[None]], tags={"run": words}),
+        hypothesis,
         latent,
+        index,
+        record,
     ]
-    return View(words, words, [words], [Section("a", words, blocks)])
+    return View(words, words, [Finding(words, "a", origin)], [Section("a", words, blocks)])
 
 
 class _Seen(HTMLParser):
@@ -70,7 +106,8 @@ def _seen(html: str) -> _Seen:
 
 
 @pytest.mark.parametrize("words", HOSTILE)
-def test_hostile_text_adds_no_element_handler_link_or_script(words: str) -> None:
+def test_hostile_text_adds_no_element_handler_link_or_script(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("greatctl.report.page._plotly", lambda: "plotly")  # megabytes that no word of ours is in
     calm, hostile = _seen(render(_view("calm words"))), _seen(render(_view(words)))
     assert hostile.tags == calm.tags
     assert hostile.handlers == []
@@ -87,26 +124,63 @@ def test_the_policy_allows_no_request_and_only_our_scripts() -> None:
         "unsafe-eval" not in policy[1] and "script-src &#39;unsafe-inline" not in policy[1] and "http" not in policy[1]
     )
     assert policy[1].count("sha256-") == 2
+    hashes = set(re.findall(r"sha256-([^&]*)&#39;", policy[1]))
+    scripts = re.findall(r'<script(?: type="text/plain" id="plotly")?>(.*?)</script>', html, re.S)
+    assert {b64encode(sha256(text.encode()).digest()).decode() for text in scripts} == hashes
 
 
 def test_figures_are_strict_json_and_the_same_view_gives_the_same_bytes() -> None:
     html = render(_view("x"))
-    data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', html, re.S)
-    assert data is not None
+    found = re.findall(r'<script type="application/json" id="(figures|index)">(.*?)</script>', html, re.S)
+    assert [name for name, _ in found] == ["figures", "index"]
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    json.loads(data[1], parse_constant=refuse)
-    assert html == render(_view("x"))
+    for _, data in found:
+        json.loads(data, parse_constant=refuse)
+    assert html == render(_view("x")) and markdown(_view("x")) == markdown(_view("x"))
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_markdown_holds_hostile_text_without_markup_or_control_characters(words: str) -> None:
+    text = markdown(_view(words))
+    assert not re.search(r"(?<!\\)[<>]", re.sub(r"^> ?", "", text, flags=re.M))
+    assert all(c.isprintable() or c == "\n" for c in text)
+    pipes = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| ")}
+    assert pipes == {
+        len(re.findall(r"(?<!\\)\|", line)) for line in markdown(_view("x")).splitlines() if line[:2] == "| "
+    }
+
+
+def test_a_number_leads_to_its_artifact_and_settings_are_whole() -> None:
+    view = _view("w" * 900)
+    html = render(view)
+    assert html.count('href="#a-ffffffffffff"') >= 4 and 'id="a-ffffffffffff"' in html
+    assert f"<code>{'w' * 900}</code>" in html
+
+
+def test_rows_of_a_map_of_layer_windows_are_named_by_the_window() -> None:
+    chart = heat_map("t", ["a"], ["0-2", "1-3"], [[0.1], [0.2]], [["h"], ["h"]], words="w")
+    assert chart.layout["yaxis"]["ticktext"] == ["0-2", "1-3"] and chart.data[0]["y"] == [0, 1]
 
 
 def test_what_is_missing_is_said() -> None:
     assert cell(None) == cell(float("nan")) == cell(float("inf")) == "not available"
     assert cell(0.12345) == "0.123" and cell(12345) == "12,345" and cell(True) == "yes"
+    assert cell(2.9189, 4) == "2.919" and cell(1533, name=True) == "1533"
     json.dumps(_view("x").to_json(), allow_nan=False)
 
 
 def test_a_report_without_charts_carries_no_plotly() -> None:
     html = render(View("t", "s", [], [Section("a", "A", [Prose("only words")])]))
     assert len(html) < 40_000
+
+
+def test_markdown_makes_no_link_list_or_heading_of_foreign_text() -> None:
+    words = ["http://a.example", "www.a.example", "# head", "- item", "1. item", "[a](b)", "a|b", "*b*"]
+    view = View("t", "s", [], [Section("a", "A", [Prose(text) for text in words])])
+    text = markdown(view).split("## A\n\n")[1].split("\n\n")
+    assert [line.strip() for line in text] == [
+        "http:\\//a.example", "www\\.a.example", "\\# head", "\\- item", "1\\. item", "\\[a\\](b)", "a\\|b", "\\*b\\*",
+    ]  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import ttest_ind
 
 from greatctl import stats
+from greatctl.features.adjust import icc
 from greatctl.patching.tables import cell_table, effect_table
 
 
@@ -107,12 +111,24 @@ def test_label_permutation_of_a_constant_latent_says_nothing_and_no_spread_stays
     assert found.effect[1] == stats.LARGEST_EFFECT
 
 
-def test_rank_statistic_resists_one_outlier():
-    values = np.r_[np.arange(10.0), np.arange(10.0) + 8]
-    values[3] = 1000.0
-    labels = np.arange(20) >= 10
-    assert stats.label_permutation(values, labels, draws=999).p[0] > 0.1
-    assert stats.label_permutation(values, labels, draws=999, statistic="rank").p[0] < 0.05
+def test_the_studentised_statistic_keeps_its_level_where_the_smaller_group_spreads_more():
+    plain = own = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        values = np.concatenate([rng.normal(scale=4, size=(6, 1)), rng.normal(size=(24, 1))])
+        labels = np.arange(30) < 6
+        plain += stats.label_permutation(values, labels, draws=199, seed=seed).p[0] <= 0.05
+        own += stats.label_permutation(values, labels, draws=199, seed=seed, statistic="studentised").p[0] <= 0.05
+    assert plain >= 15 and own <= 8
+
+
+def test_the_studentised_statistic_orders_arrangements_as_welchs_t_does():
+    rng = np.random.default_rng(0)
+    values, labels = rng.normal(size=7), np.arange(7) < 3
+    found = stats.label_permutation(values, labels, statistic="studentised")
+    every = [np.isin(np.arange(7), chosen) for chosen in combinations(range(7), 3)]
+    t = [abs(ttest_ind(values[mask], values[~mask], equal_var=False).statistic) for mask in every]
+    assert found.exact and found.p[0] == np.mean(np.array(t) >= t[0] * (1 - 1e-9))
 
 
 def test_one_empty_group_is_an_error():
@@ -137,9 +153,9 @@ def test_icc_recovers_the_share_of_variance_between_clusters():
     rng = np.random.default_rng(4)
     clusters = np.repeat(np.arange(400), rng.integers(3, 8, 400))
     values = np.sqrt(0.3) * rng.normal(size=400)[clusters] + np.sqrt(0.7) * rng.normal(size=len(clusters))
-    assert stats.icc(values, clusters)[0] == pytest.approx(0.3, abs=0.05)
-    assert stats.icc(rng.normal(size=len(clusters)), clusters)[0] < 0.06
-    assert np.isnan(stats.icc([1.0, 2.0], ["a", "b"])[0])
+    assert icc(values[:, None], clusters)[0] == pytest.approx(0.3, abs=0.05)
+    assert icc(rng.normal(size=(len(clusters), 1)), clusters)[0] < 0.06
+    assert np.isnan(icc(np.array([[1.0], [2.0]]), np.array(["a", "b"]))[0])
 
 
 def test_smallest_detectable_effect_matches_simulated_power():

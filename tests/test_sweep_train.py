@@ -88,7 +88,11 @@ SWEEP = {"arch": ["topk", "batchtopk"], "lr": ["1e-3"], "seed": ["0", "1"], "hoo
 
 def test_each_sae_of_a_sweep_has_the_bytes_of_the_single_command(shared: Path, tmp_path: Path) -> None:
     together, alone = place(shared, tmp_path / "together"), place(shared, tmp_path / "alone")
-    result = asked(together, {"sweep": SWEEP, "k": 3})
+    said: list[str] = []
+    result = asked(together, {"sweep": SWEEP, "k": 3}, Run("train", lambda e: said.append(e.message)))
+    assert all(
+        sum(words.startswith(f"{site}: train: ") and "rows;" in words for words in said) == 1 for site in (HOOK, OTHER)
+    )
     rows: list[dict] = list(result.summary["sweep"])  # type: ignore[call-overload]
     assert len(rows) == 8 and len({row["name"] for row in rows}) == 8
     for row in (rows[0], rows[7]):
@@ -185,7 +189,8 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_made(shared: Path, t
         ({"sweep": {"k": ["3", "4"]}, "k": 2}, UsageError, "--k and --sweep k exclude"),
         ({"sweep": {"lr": ["quick"]}}, UsageError, "lr=quick is not possible"),
         ({"sweep": {"k": ["33"]}}, ManifestError, "above d_sae"),
-        ({"sweep": {"aux": ["1"]}}, UsageError, "has no setting 'aux'"),
+        ({"sweep": {"aux": ["1"]}}, UsageError, "cannot vary aux"),
+        ({"sweep": {"arch": ["topk", "relu"], "aux_coefficient": ["0", "1"]}}, UsageError, "relu has no"),
         ({"sweep": {"k": ["3", "4"]}, "export": "pth"}, UsageError, "--export does not go with"),
         ({"sweep": ["k"]}, ValueError, "KEY=A,B"),
     ]

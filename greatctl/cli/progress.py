@@ -24,6 +24,7 @@ __all__ = ["Display"]
 _EVERY_SECONDS = 30.0
 _KNOWN_AFTER = 0.5  # seconds
 _POINTS = 5
+_TRAINING = "train"  # the task that a curve belongs to
 _FIGURES = {
     "loss": ("loss", "{:.4g}"),
     "explained_variance": ("explained variance", "{:.3f}"),
@@ -38,10 +39,15 @@ class _Curve:
 
     def __init__(self) -> None:
         self.points: deque[dict[str, float]] = deque(maxlen=_POINTS)
+        self._name, self._several = "", False
         self._first: tuple[float, float] | None = None
 
-    def add(self, data: dict[str, float]) -> None:
-        """One more point; the speed counts from the first that was seen, so that a resumed run does not fly."""
+    def add(self, name: str, data: dict[str, float]) -> None:
+        """One more point of what is called `name`; the speed counts from the first that was seen, so that a resumed run
+        does not fly.
+        """
+        self._several |= bool(self._name) and name != self._name
+        self._name = name
         now, tokens = time.monotonic(), data.get("tokens")
         if tokens is not None:
             self._first = self._first or (now, tokens)
@@ -52,15 +58,18 @@ class _Curve:
     def reset(self) -> None:
         """Forget a curve that is complete."""
         self.points.clear()
+        self._name, self._several = "", False
         self._first = None
 
     def words(self) -> str:
         """The newest point as words for a log."""
         if not self.points:
             return ""
-        newest = self.points[-1]
+        newest, of = self.points[-1], f" of {self._name}" if self._several else ""
         return "".join(
-            f", {name} {form.format(newest[key])}" for key, (name, form) in _FIGURES.items() if newest.get(key)
+            f", {name}{of if key == 'loss' else ''} {form.format(newest[key])}"
+            for key, (name, form) in _FIGURES.items()
+            if newest.get(key)
         )
 
     def table(self) -> Table:
@@ -114,7 +123,7 @@ class Display:
         if event.kind == "progress":
             self._advance(event)
         elif event.kind == "metric":
-            self._curve.add({k: float(v) for k, v in event.data.items() if isinstance(v, int | float)})
+            self._curve.add(event.message, {k: float(v) for k, v in event.data.items() if isinstance(v, int | float)})
         elif event.kind in ("notice", "skipped"):
             self._console.print(literal(f"{event.message}", "dim"))
         elif event.kind == "finished":
@@ -148,10 +157,14 @@ class Display:
         if total and done >= total:
             self._progress.remove_task(self._tasks.pop(key))
             self._began.pop(key, None)
-            self._curve.reset()
+            if key[1] == _TRAINING:
+                self._curve.reset()
 
     def _line(self, key: tuple[str, str], done: int, total: int, already: int, unit: str) -> None:
         speed = self._speed(key, done, already)
+        words = self._curve.words() if key[1] == _TRAINING else ""
+        if key[1] == _TRAINING and done >= total:
+            self._curve.reset()
         now = time.monotonic()
         if now - self._last_line < _EVERY_SECONDS:
             return
@@ -160,7 +173,7 @@ class Display:
         rate = f", {speed:,.0f} {unit}/s" if speed and unit else ""
         eta = f", {(total - done) / speed:.0f} s left" if speed and total else ""
         what = ": ".join(dict.fromkeys(key))  # a stage whose one task is called as it is is not named twice
-        self._console.print(literal(f"{what}: {amount}{rate}{self._curve.words()}{eta}"))
+        self._console.print(literal(f"{what}: {amount}{rate}{words}{eta}"))
 
     def _speed(self, key: tuple[str, str], done: int, already: int) -> float:
         """Units a second since the first event; 0 in the first half second, in which it would be a guess."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from ..errors import PluginError
@@ -17,6 +18,8 @@ _SHAPES = {"prose": {"kind", "text"}, "table": {"kind", "columns", "rows"}}
 def check_sections(given: object) -> list[Section]:
     """The sections of one plugin, held against the form that `hookspecs.report_sections` states.
 
+    A number that is not finite becomes None, which the page shows as "not available".
+
     Raises:
         PluginError: naming the first thing that is off.
     """
@@ -28,7 +31,15 @@ def check_sections(given: object) -> list[Section]:
             raise _wrong("a section's title is a string", section["title"])
         for block in _list(section["blocks"], "a section's blocks are a list"):
             _check_block(block)
-    return sections
+    return [{**section, "blocks": [_finite(block) for block in section["blocks"]]} for section in sections]
+
+
+def _finite(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The block without NaN or infinities, which JSON does not have."""
+    if block["kind"] != "table":
+        return dict(block)
+    rows = [[None if isinstance(c, float) and not isfinite(c) else c for c in row] for row in block["rows"]]
+    return {**block, "rows": rows}
 
 
 def _check_block(block: object) -> None:

@@ -19,7 +19,7 @@ from scipy import stats as scipy_stats
 
 from .units import Cells
 
-__all__ = ["Adjusted", "adjust", "outlying_author"]
+__all__ = ["Adjusted", "adjust", "icc", "outlying_author"]
 
 Floats = NDArray[np.float64]
 AUTHOR_GRID = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # variance ratios to the noise
@@ -100,6 +100,29 @@ def outlying_author(cells: Cells) -> tuple[Floats, NDArray[np.int64]]:
     return np.where(squares > _TINY, p, 1.0), who
 
 
+def icc(values: Floats, clusters: NDArray) -> Floats:
+    """Intraclass correlation, one-way ANOVA estimate with unequal cluster sizes (Donner 1986), cut at 0.
+
+    Args:
+        values: [n, n_columns]; `clusters` is the cluster of each row.
+
+    Returns:
+        [n_columns]; NaN where there is only one cluster, no cluster of two, or no variance.
+    """
+    _, group = np.unique(clusters, return_inverse=True)
+    sizes = np.bincount(group).astype(np.float64)
+    n, m = len(values), len(sizes)
+    if m < 2 or n == m:
+        return np.full(values.shape[1], np.nan)
+    means = _members(group).T @ values / sizes[:, None]
+    between = (sizes[:, None] * (means - values.mean(axis=0)) ** 2).sum(axis=0) / (m - 1)
+    within = ((values - means[group]) ** 2).sum(axis=0) / (n - m)
+    size = (n - (sizes**2).sum() / n) / (m - 1)
+    total = between + (size - 1) * within
+    known = total > 0
+    return np.where(known, np.maximum((between - within) / np.where(known, total, 1.0), 0.0), np.nan)
+
+
 @dataclass(frozen=True)
 class _Fit:
     difference: Floats
@@ -117,7 +140,7 @@ class _Grouped:
 
     def __init__(self, y: Floats, x: Floats, author: NDArray[np.int64], level: NDArray[np.int64]) -> None:
         self.n, self.n_latents = y.shape
-        members = [(group[:, None] == np.unique(group)[None, :]).astype(np.float64) for group in (author, level)]
+        members = [_members(author), _members(level)]
         z = np.concatenate(members, axis=1)
         self.sizes = tuple(part.shape[1] for part in members)
         self._zz, self._zx, self._zy = z.T @ z, z.T @ x, z.T @ y
@@ -188,6 +211,11 @@ def _single_level(y: Floats, x: Floats, cells: Cells, factor: str, author_ratio:
     return np.minimum(smallest, 1.0)
 
 
+def _members(group: NDArray[np.int64]) -> Floats:
+    """Which rows belong to which group, [n, n_groups] of 0 and 1."""
+    return (group[:, None] == np.unique(group)[None, :]).astype(np.float64)
+
+
 def _same(group: NDArray[np.int64]) -> Floats:
     return (group[:, None] == group[None, :]).astype(np.float64)
 
@@ -202,6 +230,6 @@ def _freedom(cells: Cells, factor: str) -> int:
 
 def _aliased(x: Floats, level: NDArray[np.int64]) -> bool:
     """Whether the factor says exactly what role says: it has several levels, and they add nothing to role."""
-    dummies = (level[:, None] == np.unique(level)[None, :]).astype(np.float64)
+    dummies = _members(level)
     rank = np.linalg.matrix_rank
     return rank(dummies) > 1 and rank(np.concatenate([x, dummies], axis=1)) == rank(x)

@@ -39,6 +39,7 @@ class Decoder:
         self._tokenizer = tokenizer
         self._special = frozenset(special_ids)
         self._single: dict[int, str] = {}
+        self._joins = _is_byte_level(tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a span, special ids left out."""
@@ -56,9 +57,12 @@ class Decoder:
 
         A token that ends inside a character gets an empty piece; the one that completes it, the character.
         """
+        quick = [self._single.get(i) or self.one(i) for i in map(int, ids)]
+        joined = "".join(quick)
+        if self._joins and "\ufffd" not in joined:
+            return quick  # whole characters one after the other
         whole = self.decode(ids)
-        quick = [self.one(int(i)) for i in ids]
-        if "\ufffd" not in whole and "".join(quick) == whole:
+        if "\ufffd" not in whole and joined == whole:
             return quick
         pieces, done = [], 0
         for end in range(1, len(ids) + 1):
@@ -83,3 +87,9 @@ class Decoder:
         while not pieces[end] and end + 1 < len(pieces):
             end += 1
         return Passage("".join(pieces[:here]), pieces[end], "".join(pieces[end + 1 :]), pieces, first)
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether text is the tokens' bytes one after the other, with nothing stripped or put between."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"

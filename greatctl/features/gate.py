@@ -267,6 +267,8 @@ def _causal(c: Candidate) -> Finding:
     moves, said = moves_as_predicted(c.causal, c.value("effect"))
     cost = c.causal.get("damage_kl", float("nan"))
     said += f"; damage {cost:.3g} nats a token" if isfinite(cost) else ""
+    # a push along one direction may work through a dormant pathway (arXiv 2311.17030)
+    said += "; missing: the complement of its direction was not patched"
     return "passed" if moves else "failed", c.causal["effect"], said
 
 

@@ -15,8 +15,9 @@ from math import comb, isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from ..stats import auroc, benjamini_hochberg, icc, label_permutation, smallest_detectable_effect
-from .adjust import Adjusted, adjust, outlying_author
+from ..errors import UsageError
+from ..stats import auroc, benjamini_hochberg, label_permutation, smallest_detectable_effect
+from .adjust import Adjusted, adjust, icc, outlying_author
 from .agreement import HALF, LEVEL, Agreement, agreement
 from .units import Cells, Documents, gather
 
@@ -54,7 +55,9 @@ def judge(
     2. `underpowered`: the author labels can be arranged in so few ways that no p-value of .05 or less can
        come out.
     3. The test: author labels are permuted, over all authors. p_value is two-sided for the latent alone;
-       q_value is paid for all latents given (max-T, family-wise, so it bounds the false discovery rate too).
+       q_value is paid for all latents given (max-T, family-wise, so it bounds the false discovery rate too). Both are
+       the larger of two: for the difference of means as it is, and in its own standard error (Welch's t), since
+       latents are sparse and the roles may differ in works an author, and so in spread.
        Choosing latents first, by whatever authors, is therefore paid for when all latents that could have
        been chosen are given.
     4. If q_value is above .05 the latent is not supported. Where something simpler clearly explains it (false
@@ -88,7 +91,7 @@ def judge(
 
     Args:
         activations: [n_windows, n_latents] float; mean activation of each latent in each window.
-        documents: one row a window (list of dicts, or dict of columns): author, work, role (`character`,
+        documents: one row a window (rows, columns, or a pyarrow or pandas table): author, work, role (`character`,
             `seed` or `control`), era, genre, topic, split, and if there are any translated, matches, hard. A
             missing factor is not adjusted for, and the reason says so.
         causal: latent (column) -> {"effect": what it adds to the concept's logit difference, "placebo": what 95 %
@@ -102,8 +105,13 @@ def judge(
         positive when characters are higher), auroc (over authors), p_value, q_value, verdict, reason.
 
     Raises:
-        UsageError: shapes do not fit, a number is not finite, or a document has no author or an unknown role.
+        UsageError: shapes do not fit, a number is not finite, a document has no author or an unknown role, or `causal`
+            has no effect for a latent.
     """
+    wrong = [latent for latent, row in (causal or {}).items() if not isinstance(row, Mapping) or "effect" not in row]
+    if wrong:
+        why = 'each latent needs a mapping with at least "effect"'
+        raise UsageError(f"what is causal of latent {wrong[0]} cannot be read", why=why)
     found = weigh(gather(activations, documents), causal=causal, seed=seed)
     names = ("latent", "effect", "auroc", "p_value", "q_value", "verdict", "reason")
     return [{name: row[name] for name in names} for row in found.rows]
@@ -137,14 +145,16 @@ def weigh(cells: Cells, *, causal: Causal | None = None, seed: int = 0) -> Judge
         rows = [_row(i, 0.0, 0.5, 1.0, 1.0, "underpowered", power) for i in range(n_latents)]
         return Judgement(rows, power, smallest, n1, n0)
     test = label_permutation(cells.author_means, role, draws=_DRAWS, seed=seed)
+    own = label_permutation(cells.author_means, role, draws=_DRAWS, seed=seed, statistic="studentised")
+    p_value, q_value = np.maximum(test.p, own.p), np.maximum(test.p_max_t, own.p_max_t)
     area = auroc(cells.author_means, role)
     looks = agreement(cells)
     if floor > LEVEL:
         verdicts = [("underpowered", power)] * n_latents
     else:
-        verdicts = _Rules(cells, looks, test.effect, test.p_max_t, power).decide()
+        verdicts = _Rules(cells, looks, test.effect, q_value, power).decide()
     more = {"icc": icc(cells.means, cells.author), **{name: getattr(looks, name) for name in _LOOKS}}
-    columns = zip(test.effect, area, test.p, test.p_max_t, verdicts, strict=True)
+    columns = zip(test.effect, area, p_value, q_value, verdicts, strict=True)
     rows = [
         _row(i, float(e), float(a), float(p), float(q), *verdict) | {k: float(v[i]) for k, v in more.items()}
         for i, (e, a, p, q, verdict) in enumerate(columns)
@@ -264,7 +274,7 @@ def _power(cells: Cells, n1: int, n0: int, smallest: float, floor: float) -> str
         return f"{who}: the smallest p that can come out is {floor:.2g}, so nothing can be told"
     n_latents, alone = cells.means.shape[1], smallest_detectable_effect(n1, n0)
     looks = f"with {n_latents:,} latents looked at; {alone:.1f} for one latent written down before"
-    return f"{who}: effects below {smallest:.1f} sd between {cells.unit} means cannot be seen (power .8, {looks})"
+    return f"{who}: effects below {smallest:.1f} sd between {cells.unit} means may be missed (power .8, {looks})"
 
 
 def _row(latent: int, effect: float, area: float, p: float, q: float, verdict: str, reason: str) -> dict[str, object]:

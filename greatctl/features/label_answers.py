@@ -12,12 +12,15 @@ from collections.abc import Iterator
 
 from .inert import inert
 
-__all__ = ["DESCRIPTION", "NAME", "read_choices", "read_label"]
+__all__ = ["DESCRIPTION", "LONGEST", "NAME", "read_choices", "read_label"]
 
 NAME, DESCRIPTION = 60, 300
 """The longest name and description that are kept, in characters."""
 
-_LONGEST = 20_000  # characters of an answer that are looked at
+LONGEST = 20_000
+"""Characters of an answer, its last ones, that are looked at and kept."""
+
+_OPENINGS = 500  # brackets that are tried
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.S)
 
 
@@ -27,10 +30,11 @@ def read_label(answer: str) -> tuple[str, str]:
     Raises:
         ValueError: there is no JSON object with a name that is text.
     """
-    for value in reversed(list(_values(answer, "{"))):
-        name = value.get("name") if isinstance(value, dict) else None
+    for value in _values(answer, "{"):
+        if not isinstance(value, dict):
+            continue
+        name, said = value.get("name"), value.get("description")
         if isinstance(name, str) and (short := inert(name, NAME)):
-            said = value.get("description")
             return short, inert(said, DESCRIPTION) if isinstance(said, str) else ""
     raise ValueError('no JSON object with a "name"')
 
@@ -41,7 +45,7 @@ def read_choices(answer: str, count: int) -> list[bool]:
     Raises:
         ValueError: there is no such list of that length.
     """
-    for value in reversed(list(_values(answer, "["))):
+    for value in _values(answer, "["):
         if (
             isinstance(value, list)
             and len(value) == count
@@ -52,15 +56,15 @@ def read_choices(answer: str, count: int) -> list[bool]:
 
 
 def _values(answer: str, opening: str) -> Iterator[object]:
-    """The JSON values in the answer that begin with `opening`, in order, none inside another."""
-    text = _THOUGHTS.sub("", answer)[-_LONGEST:]
+    """The JSON values in the answer that begin with `opening`, the last first."""
+    text = _THOUGHTS.sub("", answer)[-LONGEST:]
     decoder = json.JSONDecoder(strict=False)  # a line break inside a string is no reason to ask again
-    place = text.find(opening)
-    while place >= 0:
+    place = len(text)
+    for _ in range(_OPENINGS):
+        place = text.rfind(opening, 0, place)
+        if place < 0:
+            return
         try:
-            value, end = decoder.raw_decode(text, place)
+            yield decoder.raw_decode(text, place)[0]
         except (ValueError, RecursionError):
-            end = place + 1
-        else:
-            yield value
-        place = text.find(opening, end)
+            continue

@@ -24,9 +24,8 @@ from .label_answers import read_choices, read_label
 from .label_prompts import Message, Passage
 from .label_scores import Exam, balanced_accuracy
 
-__all__ = ["LABELS", "Ask", "Named", "Score", "explain", "passages_of", "score", "table_of"]
+__all__ = ["Ask", "Named", "Score", "explain", "passages_of", "score", "table_of"]
 
-LABELS = "labels.parquet"
 Ask = Callable[[Sequence[Message]], str]
 """Messages (role, content) to the text of an answer."""
 

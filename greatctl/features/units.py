@@ -99,8 +99,9 @@ def columns_of(documents: Documents, names: Sequence[str]) -> dict[str, list[obj
         found = {name: list(documents[name]) for name in names if name in documents}
         n_rows = len(next(iter(documents.values()), ()))
     elif known is not None and not callable(known):
+        table: Any = documents
         there = set(known)
-        found = {name: _values(documents[name]) for name in names if name in there}
+        found = {name: _values(table[name]) for name in names if name in there}
         n_rows = len(documents)
     else:
         rows = list(documents)

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +59,20 @@ class Corpus:
     documents: Sequence[Mapping[str, object]]
     document_of_window: Sequence[int]
 
+    @cached_property
+    def _arrays(self) -> tuple[NDArray, NDArray, NDArray]:
+        """The three as NumPy, whose single entries are quick to get."""
+        return self.input_ids.numpy(), self.token_end.numpy(), self.length.numpy()
+
     def ids(self, window: int) -> list[int]:
         """A window's token ids without padding."""
-        return self.input_ids[window, : int(self.length[window])].tolist()
+        ids, _, length = self._arrays
+        return ids[window, : length[window]].tolist()
 
     def characters(self, window: int, first: int, n: int) -> tuple[int, int]:
         """The characters (from, to) of the clean text that `n` tokens from position `first` on cover."""
-        return int(self.token_end[window, max(first - 1, 0)]), int(self.token_end[window, first + n - 1])
+        ends = self._arrays[1]
+        return int(ends[window, max(first - 1, 0)]), int(ends[window, first + n - 1])
 
 
 def write_tables(

@@ -132,7 +132,9 @@ class BridgeModel:
         """Always refused: single heads' inputs and outputs are told apart by the lean engine alone."""
         raise _no_heads()
 
-    def head_values(self, layer: int, streams: Streams, *, start: int = 0, past: Past | None = None) -> torch.Tensor:
+    def head_values(
+        self, layer: int, streams: Streams, heads: Sequence[int], *, start: int = 0, past: Past | None = None
+    ) -> torch.Tensor:
         """Always refused, as `head_outputs`."""
         raise _no_heads()
 

@@ -260,13 +260,16 @@ class FrozenModel(Protocol):
         """
         ...
 
-    def head_values(self, layer: int, streams: Streams, *, start: int = 0, past: Past | None = None) -> torch.Tensor:
-        """z [b, q, n_heads, d_head] of a block whose projections each read a stream of their own.
+    def head_values(
+        self, layer: int, streams: Streams, heads: Sequence[int], *, start: int = 0, past: Past | None = None
+    ) -> torch.Tensor:
+        """z [b, q, n, d_head] of n heads of a block whose projections each read a stream of their own.
 
         Args:
             layer: which block.
-            streams: what the queries [b, q, n_heads, d_model], keys and values [b, q, n_kv_heads, d_model] read, before
-                the norm, of the positions from `start` on.
+            streams: what the queries of the heads [b, q, n, d_model], and the keys and the values of their key-value
+                heads (each once, in order) [b, q, …, d_model] read, before the norm, of the positions from `start` on.
+            heads: the n heads, in order.
             start, past: as in `resume`.
 
         Raises:

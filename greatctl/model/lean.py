@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StageError, UsageError
-from .attention import Prefix, attend, causal_mask, gathered
+from .attention import Prefix, attend, causal_mask
 from .exact import KINDS, exact
 from .families import Rotary, Rotation, family_of, heads_of
 from .fast import FastBlocks, why_not
-from .inputs import fork, forked_qkv, forks, head_outputs, projected
+from .inputs import fork, forked_qkv, forks, head_outputs, head_values
 from .interface import HEAD_SITES, INPUT_SITES, Intervention, Site, Start, site_names, unknown_site
 from .looks import Edit, Enough, Keep, Look, in_rows
 from .oracle import ROW_TOLERANCE, agree, listen, row_difference
@@ -152,7 +152,7 @@ class LeanModel:
         for s, end, last in zip(starts, ends, [*layers[1:], self.n_layers], strict=True):
             joining = s.residual.to(hidden.device, self.dtype)
             here = past.rows(index[:end]) if past is not None and start else None
-            some = positions if last == self.n_layers and self._looks_no_further(edit) else None
+            some = positions if last == self.n_layers and edit.ends_with_attention(self.n_layers - 1) else None
             hidden = self._walk(
                 torch.cat([hidden, joining]), s.layer, edit, start=start, past=here, last=last, only=some
             )
@@ -165,26 +165,22 @@ class LeanModel:
         return head_outputs(self._family, layer, z.to(self._homes[layer]), heads).to(self.device)
 
     @torch.no_grad()
-    def head_values(self, layer: int, streams: Streams, *, start: int = 0, past: Past | None = None) -> torch.Tensor:
-        """z of a block whose projections read streams of their own; see `FrozenModel.head_values`."""
-        home = self._homes[layer]
-        qkv = [projected(self._family, layer, at, s.to(home, self.dtype)) for at, s in enumerate(streams)]
-        like = qkv[0][:, :, 0]
-        rotation = self._family.rotation(like, torch.arange(start, start + like.shape[1], device=home))
+    def head_values(
+        self, layer: int, streams: Streams, heads: Sequence[int], *, start: int = 0, past: Past | None = None
+    ) -> torch.Tensor:
+        """z of heads whose projections read streams of their own; see `FrozenModel.head_values`."""
+        q, k, v = (each.to(self._homes[layer], self.dtype) for each in streams)
+        like = q[:, :, 0]
+        rotation = self._family.rotation(like, torch.arange(start, start + like.shape[1], device=like.device))
         mask = self._mask(layer, start, like, explicit=False)
         prefix = Prefix(*past.layer(layer, start)) if past is not None and start else None
-        return gathered(self._family, layer, (qkv[0], qkv[1], qkv[2]), rotation, mask, prefix=prefix).to(self.device)
+        return head_values(self._family, layer, (q, k, v), heads, rotation, mask, prefix).to(self.device)
 
     @torch.no_grad()
     def mlp_values(self, layer: int, stream: torch.Tensor) -> torch.Tensor:
         """What the MLP of a block adds; see `FrozenModel.mlp_values`."""
         _, _, norm, mlp = self._family.parts(self._family.layers[layer])
         return mlp(norm(stream.to(self._homes[layer], self.dtype))).to(self.device)
-
-    def _looks_no_further(self, look: Look) -> bool:
-        """Whether nobody looks at the last block behind its attention."""
-        kinds = ("hook_mlp_in", "hook_mlp_out", "mlp.hook_post", "hook_resid_post")
-        return not any(look.touches(self.n_layers - 1, kind) for kind in kinds)
 
     def check(self, tokens: torch.Tensor, sites: Sequence[str]) -> dict[str, float]:
         """Hold the walk against the model's own forward; see `FrozenModel.check`."""

@@ -34,6 +34,7 @@ __all__ = [
     "describe",
     "load",
     "locate",
+    "quiet",
     "revision_of",
     "weight_bytes",
 ]
@@ -265,7 +266,7 @@ def _load_weights(
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:upto]
         kind = AutoModelForCausalLM if upto is None else AutoModel
-        with _quiet():
+        with quiet():
             loaded: Any = kind.from_pretrained(
                 str(folder),
                 config=config,
@@ -286,7 +287,7 @@ def _load_weights(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' bars and load reports off the terminal (upper blocks are left out on purpose)."""
     from transformers.utils import logging as hf_logging
 

@@ -32,6 +32,11 @@ class Look:
         """Whether this site is of interest."""
         return f"blocks.{layer}.{kind}" in self.names
 
+    def ends_with_attention(self, layer: int) -> bool:
+        """Whether nothing of a block is of interest behind its attention."""
+        kinds = ("hook_mlp_in", "hook_mlp_out", "mlp.hook_post", "hook_resid_post")
+        return not any(self.touches(layer, kind) for kind in kinds)
+
     def at(self, layer: int, kind: str, value: torch.Tensor) -> torch.Tensor:
         """The tensor to go on with."""
         name = f"blocks.{layer}.{kind}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from .loading import describe, locate
+from .loading import describe, locate, quiet
 
 __all__ = ["write_untrained"]
 
@@ -41,7 +41,8 @@ def write_untrained(
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    hf.save_pretrained(str(folder), safe_serialization=True)
+    with quiet():
+        hf.save_pretrained(str(folder), safe_serialization=True)
     for pattern in _BESIDE:
         for path in located.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)

@@ -14,6 +14,9 @@ layers. It is the first term of a series, and misleads where the rest is not sma
   sites there; `eap-ig-activations` moves the site itself, one layer at a time, which costs a run a layer and
   step. The attributions of a layer then sum to the effect of patching all of it, the better the more steps.
 
+Of AtP* this is the QK-fix alone. Its other part, GradDrop, which leaves out one layer's gradient at a time so that
+effects that cancel in a sum still show, is not here; cells that cancel are for `verify` and `eap-ig` to find.
+
 Nothing here replaces a patch. `calibration` says how far the estimates can be believed.
 """
 

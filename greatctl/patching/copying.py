@@ -171,7 +171,10 @@ def two_step(
     elif carried < CARRIES:
         why = f"the key edges from previous-token heads carry {carried:.2f} of the effect, less than {CARRIES}"
     else:
-        why = f"{edges[0]} and {len(edges) - 1} more key edges from previous-token heads carry {carried:.2f} of the effect"
+        some = edges or sorted(ours, key=lambda name: -ours[name])  # in a large model none of them need be large
+        why = (
+            f"{some[0]} and {len(some) - 1} more key edges from previous-token heads carry {carried:.2f} of the effect"
+        )
     return TwoStep(turns >= TURNS and carried >= CARRIES, carried, edges, turns, why)
 
 

@@ -273,9 +273,10 @@ class _Mixing:
         some = self._using([first + head for head in heads])
         if not len(some):
             return
-        q, k, v = (self._mixed([one for one in inputs if one.slot == slot], some) for slot in "qkv")
+        read = {one for head in heads for one in self._graph.inputs_to(Node("head", layer, head))}
+        q, k, v = (self._mixed([one for one in inputs if one.slot == slot and one in read], some) for slot in "qkv")
         before = past.rows(self._rows[some]) if self._start else None
-        z = self._model.head_values(layer, (q, k, v), start=self._start, past=before)[:, :, heads]
+        z = self._model.head_values(layer, (q, k, v), heads, start=self._start, past=before)
         change = (
             z.to(self._differences.dtype) - self._senders.other.z[layer][self._rows[some], self._start :][:, :, heads]
         )

@@ -37,7 +37,13 @@ class Splittable(Patchable, Protocol):
     def head_outputs(self, layer: int, z: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor: ...
 
     def head_values(
-        self, layer: int, streams: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *, start: int = 0, past: Any = None
+        self,
+        layer: int,
+        streams: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        heads: Sequence[int],
+        *,
+        start: int = 0,
+        past: Any = None,
     ) -> torch.Tensor: ...
 
     def mlp_values(self, layer: int, stream: torch.Tensor) -> torch.Tensor: ...

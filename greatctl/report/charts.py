@@ -9,6 +9,7 @@ from .view import Chart
 __all__ = ["bars", "heat_map", "lines", "points"]
 
 _LINES = ("#c2571a", "#2f6db5", "#4a8c4a", "#8a5bb0", "#b0893a", "#4d8f99")
+_AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zerolinecolor": "rgba(128,128,128,0.5)"}
 # From cold through paper to warm; the middle is transparent, so that an empty cell is the page itself.
 _DIVERGING = [[0.0, "#2f6db5"], [0.5, "rgba(128,128,128,0.06)"], [1.0, "#c2571a"]]
 
@@ -24,9 +25,10 @@ def _layout(**more: object) -> dict[str, object]:
         "height": 320,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "inherit", "size": 12},
+        "font": {"family": "system-ui, sans-serif", "size": 12},
         "legend": {"orientation": "h", "y": 1.12},
         "autosize": True,
+        "template": {"layout": {"xaxis": _AXIS, "yaxis": _AXIS}},
     }
     return {**base, **more}
 
@@ -45,7 +47,8 @@ def lines(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]],
         }
         data.append({**trace, "yaxis": "y2"} if name.endswith("*") else trace)
     axes = {"xaxis": {"title": {"text": _plain(x_title)}}, "yaxis": {"rangemode": "tozero"}}
-    right = {"yaxis2": {"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False}}
+    room = {"l": 56, "r": 48, "t": 12, "b": 44}  # the right-hand numbers need some
+    right = {"margin": room, "yaxis2": {"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False}}
     return Chart(title, data, _layout(**axes, **(right if any(n.endswith("*") for n in series) else {})), words)
 
 

@@ -43,7 +43,7 @@ def section(name: str, artifact: Artifact) -> list[Block]:
     rows.sort(key=lambda row: -abs(row["score"]))
     minimal = {row["component"]: row for row in read_rows(artifact.path / "minimality.parquet")}
     found = {
-        "circuit.json": Prose(_words(name, summary, circuit)),
+        "circuit.json": Prose(_words(name, summary, circuit), title=name),
         "components.parquet": drawing(f"{name}: the circuit", rows, circuit),
         "curve.parquet": _curve(name, read_rows(artifact.path / "curve.parquet"), circuit),
         "random_sets.parquet": _random(name, read_rows(artifact.path / "random_sets.parquet"), circuit),
@@ -211,7 +211,7 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]], minimal: Mapping[str, M
         change, p = found.get("change"), found.get("p_value")
         needed = found.get("needed")
         cells.append([row["component"], _number(row["score"]), _number(change), _number(p), needed])
-    return Table(headers, cells, numeric=(1, 2, 3), caption=f"Components of {name}")
+    return Table(headers, cells, numeric=(1, 2, 3), caption=f"Components of {name}", folded=True)
 
 
 def _number(value: float | None) -> float | None:

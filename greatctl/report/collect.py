@@ -77,8 +77,7 @@ def _subtitle(parts: Parts) -> str:
 
 def _findings(parts: Parts) -> list[Finding]:
     found: list[Finding] = hypotheses.findings(parts.features) if parts.features else []
-    for name, artifact in parts.patches.items():
-        found.append(_of(artifact).finding(name, artifact))
+    found += [_of(artifact).finding(name, artifact) for name, artifact in parts.patches.items()]
     if parts.sae:
         found.append(sae.finding(parts.sae, parts.saes))
     return found
@@ -113,7 +112,8 @@ def _latents(interpreted: Artifact | None, tokens: Artifact | None, pages: Seque
 def _patching(patched: Mapping[str, Artifact]) -> list[Block]:
     if not patched:
         return _missing("patch", "A patching run")
-    return [block for name, artifact in patched.items() for block in _of(artifact).section(name, artifact)]
+    sweeps_first = sorted(patched.items(), key=lambda run: _of(run[1]) is circuits)
+    return [block for name, artifact in sweeps_first for block in _of(artifact).section(name, artifact)]
 
 
 def _of(patched: Artifact) -> Any:
@@ -139,7 +139,7 @@ def _plugin_block(block: Mapping) -> Block:
 
 
 def _number(cell: object) -> bool:
-    return cell is None or isinstance(cell, int | float) and not isinstance(cell, bool)
+    return cell is None or (isinstance(cell, int | float) and not isinstance(cell, bool))
 
 
 def _json(artifact: Artifact, name: str) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..store.artifact import Artifact
 from .charts import bars
-from .tables import rows
+from .tables import metadata, rows
 from .view import Block, Prose, Table, read_from
 
 __all__ = ["section"]
@@ -56,7 +55,9 @@ def _tokens(found: Sequence[Mapping[str, Any]]) -> Block:
     for row in found:
         totals[str(row["unit"])] = totals.get(str(row["unit"]), 0) + int(row["n_tokens"] or 0)
     largest = sorted(totals.items(), key=lambda unit: (-unit[1], unit[0]))[:60]
-    words = f"{sum(totals.values()):,} tokens of {len(totals):,} units; the largest is {largest[0][0] if largest else '-'}."
+    words = (
+        f"{sum(totals.values()):,} tokens of {len(totals):,} units; the largest is {largest[0][0] if largest else '-'}."
+    )
     names, counts = [name for name, _ in largest], [count for _, count in largest]
     return bars("Tokens read of each unit", names, counts, x_title="", y_title="tokens", words=words)
 
@@ -67,7 +68,7 @@ def _cleaned(found: Sequence[Mapping[str, Any]], sources: Mapping[str, Artifact]
     cells = []
     for row in found:
         artifact = sources.get(str(row["source_id"]))
-        facts = json.loads((artifact.path / "metadata.json").read_bytes()) if artifact else {}
+        facts = metadata(artifact.path) if artifact else {}
         removed = {str(k): int(v) for k, v in (facts.get("removed_bytes") or {}).items()}
         for reason, n in removed.items():
             by_reason[reason] = by_reason.get(reason, 0) + n
@@ -79,9 +80,20 @@ def _cleaned(found: Sequence[Mapping[str, Any]], sources: Mapping[str, Artifact]
         return []
     most = sorted(by_reason.items(), key=lambda reason: -reason[1])
     words = "Cleaned away before anything was read: " + ", ".join(f"{k} {v:,} bytes" for k, v in most) + "."
-    headers = ["work", "bytes fetched", "bytes kept", "removed, in bytes", "repeated elsewhere, characters", "capped, tokens"]
-    after: list[Block] = [Prose(words + " Every cut stands in removed.txt beside the text, with its reason.")] if most else []
-    table = Table(headers, cells[:_MOST], numeric=[1, 2, 4, 5], caption="What was cleaned away, text by text", folded=True)
+    headers = [
+        "work",
+        "bytes fetched",
+        "bytes kept",
+        "removed, in bytes",
+        "repeated elsewhere, characters",
+        "capped, tokens",
+    ]
+    after: list[Block] = (
+        [Prose(words + " Every cut stands in removed.txt beside the text, with its reason.")] if most else []
+    )
+    table = Table(
+        headers, cells[:_MOST], numeric=[1, 2, 4, 5], caption="What was cleaned away, text by text", folded=True
+    )
     return [*after, table]
 
 

@@ -63,9 +63,19 @@ def cards(interpreted: Artifact, tokens: Artifact | None, wanted: Sequence[int])
         for row in some:
             judged.setdefault(row["latent"], []).append(row)
     documents = {row["source_id"]: row for row in rows(tokens.path / "documents.parquet")} if tokens else {}
-    parts = [of_latents(path / f"{name}.parquet", wanted) for name in
-             ("latents", "examples", "units", "stretches", "labels")]  # fmt: skip
-    tables = _Tables(*parts, judged, documents)
+
+    def read(name: str) -> dict[int, list[Row]]:
+        return of_latents(path / f"{name}.parquet", wanted)
+
+    tables = _Tables(
+        latents=read("latents"),
+        examples=read("examples"),
+        units=read("units"),
+        stretches=read("stretches"),
+        labels=read("labels"),
+        judged=judged,
+        documents=documents,
+    )
     if not tables.labels:
         words = "No labels were written for this run; a latent is named by the tokens on which it fires most."
         made: list[Block] = [Prose(words, quiet=True)]
@@ -81,7 +91,9 @@ def _card(latent: int, tables: _Tables, opened: bool) -> Latent:
     facts, judged = tables.latents[latent][0], tables.judged.get(latent, [])
     examples, label = tables.examples.get(latent, []), tables.labels.get(latent, [])
     shown = [(name, facts[key]) for key, name in _FACTS.items()]
-    shown += [(f"label: {key.replace('_', ' ')}", label[0][key]) for key in _LABELS if label and label[0][key] is not None]
+    shown += [
+        (f"label: {key.replace('_', ' ')}", label[0][key]) for key in _LABELS if label and label[0][key] is not None
+    ]
     words = "; ".join(f"{row['concept']}: {row['reason']}" for row in judged if row["reason"])
     described = str(label[0]["description"] or "") if label else ""
     return Latent(

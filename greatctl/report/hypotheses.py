@@ -66,9 +66,7 @@ def _said(concept: str, some: Sequence[Row], subject: bool) -> str:
     )
     q = best["q_value"]
     weight = f", q = {q:.2g}" if q is not None else ""
-    text = (
-        f"{head}. The strongest is latent {best['latent']} (effect {best['effect']:+.2f} sd{weight}): {best['verdict']}."
-    )
+    text = f"{head}. The strongest is latent {best['latent']} (effect {best['effect']:+.2f} sd{weight}): {best['verdict']}."
     return text + _beside(best) + (_owed(best) if supported else "")
 
 
@@ -199,7 +197,16 @@ def _table(concept: str, some: Sequence[Row]) -> Table:
 
 def _baselines(rivals: Sequence[Mapping[str, Any]]) -> list[Block]:
     """What every latent has to beat, and which of it was not measured."""
-    headers = ["concept", "baseline", "AUROC, held out", "AUROC, other works", "effect, sd", "what", "of", "not measured"]
+    headers = [
+        "concept",
+        "baseline",
+        "AUROC, held out",
+        "AUROC, other works",
+        "effect, sd",
+        "what",
+        "of",
+        "not measured",
+    ]
     keys = ("concept", "baseline", "auroc", "works_auroc", "effect", "what", "n", "missing")
     if not rivals:
         return [Prose("No baseline was measured for this run: what follows is weak evidence.", quiet=True)]

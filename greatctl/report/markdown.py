@@ -17,13 +17,15 @@ __all__ = ["markdown"]
 
 _LISTED = 50  # rows of a table
 _LATENTS = 50  # of the list of all
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$&@:])")
+_MARKUP = re.compile(r"([\\`*_\[\]<>|~$&@])")
+_LINKS = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)", re.IGNORECASE)  # what some readers make a link of by itself
+_START = re.compile(r"^([#+\-=]|\d+(?=[.)]))")
 _SPACE = re.compile(r"\s+")
 
 
 def markdown(view: View) -> str:
     """The whole report as text."""
-    lines = [f"# {_plain(view.title)}", "", _plain(view.subtitle), ""]
+    lines = [f"# {_plain(view.title)}", "", _line(view.subtitle), ""]
     if view.findings:
         lines += ["## What was found", ""]
         lines += [f"{n}. {_plain(f.text)}{_origin(view, f.origin)}" for n, f in enumerate(view.findings, 1)]
@@ -43,7 +45,7 @@ def _block(block: Block) -> list[str]:
         return writers[block.kind](block)
     if block.kind == "prose":
         head = [f"### {_plain(block.title or block.summary)}", ""] if block.title or block.summary else []  # type: ignore[union-attr]
-        return [*head, *(_plain(line) for line in block.text.splitlines())]  # type: ignore[union-attr]
+        return [*head, *(_line(line) for line in block.text.splitlines())]  # type: ignore[union-attr]
     return [f"**{_plain(block.title)}.** {_plain(block.words)}"]  # type: ignore[union-attr]
 
 
@@ -66,13 +68,18 @@ def _pipe(cells: Sequence[str]) -> str:
 
 
 def _hypothesis(one: Hypothesis) -> list[str]:
-    own: list[Cell] = ["this latent", one.value, f"95 % {cell(one.low)} to {cell(one.high)}" if one.low is not None else ""]
+    own: list[Cell] = [
+        "this latent",
+        one.value,
+        f"95 % {cell(one.low)} to {cell(one.high)}" if one.low is not None else "",
+    ]
     rivals = [[r.name, r.value, r.about] for r in one.rivals]
+    said = one.claim if one.claim == "nothing yet" else f"it {one.claim} '{one.concept}', and no more"
     gate = [[c.number, c.name, c.state, c.reason] for c in one.gate]
     lines = [
         f"### Latent {one.latent} and {_plain(one.concept)}: {_plain(one.verdict)}",
         "",
-        f"May be said: {_plain(one.claim)}. {_plain(one.reason)}",
+        f"May be said: {_plain(said)}. Why {_plain(one.verdict)}: {_plain(one.reason)}.",
         "",
         *_rows(["AUROC on held-out authors", "value", "about"], [own, *rivals], [1]),
         "",
@@ -124,7 +131,11 @@ def _index(index: Index) -> list[str]:
 
 def _record(record: Record) -> list[str]:
     settings = [[name, value, origin] for name, value, origin in record.settings]
-    facts = [("fingerprint", record.fingerprint), *record.facts, *((f"made from {n}", v) for n, v in record.inputs[:20])]
+    facts = [
+        ("fingerprint", record.fingerprint),
+        *record.facts,
+        *((f"made from {n}", v) for n, v in record.inputs[:20]),
+    ]
     lines = [f"### {_plain(record.stage)}: {_plain(record.path)}", ""]
     lines += [f"* {_plain(name)} {_plain(value)}" for name, value in facts]
     return [*lines, "", *_rows(["setting", "value", "set by"], settings, [])] if settings else lines
@@ -144,4 +155,10 @@ def _plain(text: object, *, keep: bool = False) -> str:
     """Text without markup in one line; `keep` leaves the spaces at its ends."""
     line = _SPACE.sub(" ", str(text)) if keep else _SPACE.sub(" ", str(text)).strip()
     printed = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-    return _MARKUP.sub(r"\\\1", printed)
+    return _LINKS.sub(r"\\", _MARKUP.sub(r"\\\1", printed))
+
+
+def _line(text: str) -> str:
+    """Text that begins a line, and could begin a list or a heading there."""
+    plain = _plain(text)
+    return _START.sub(lambda m: m[1] + "\\" if m[1].isdigit() else "\\" + m[1], plain)

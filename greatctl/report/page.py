@@ -2,9 +2,9 @@
 
 Self-contained: style, script, plotly and data are inside. Strict: Jinja2 escapes everything, data goes in as JSON that
 cannot close its script element, and a content security policy allows no request at all and only the scripts whose hashes
-it names. The page's own script stands before plotly, so that search, sorting and folding work while charts are still
-to be drawn; without any script all words, tables, cards and drawings are there. Deterministic: the same view gives the
-same bytes.
+it names. Plotly takes longest to start and lies there as text until the first chart comes into view, so that search,
+sorting and folding work at once; without any script all words, tables, cards and drawings are there. Deterministic: the
+same view gives the same bytes.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def section(name: str, patched: Artifact) -> list[Block]:
     if _guessed(summary):
         more.insert(0, f"Effects are estimates from gradients ({summary['method']}), p-values those of the estimates.")
         more += [f"{sentence[0].upper() + sentence[1:]}." for sentence in summary.get("verified", [])]
-    blocks: list[Block] = [Prose(" ".join([words, *more]))]
+    blocks: list[Block] = [Prose(" ".join([words, *more]), title=name)]
     blocks += [_calibration(name, cells, metric) for metric in summary["metrics"] if _guessed(summary)]
     kinds = dict.fromkeys((row["metric"], row["direction"], row.get("layers") is not None) for row in cells)
     for metric, direction, window in kinds:
@@ -113,7 +113,9 @@ def _calibration(name: str, cells: Sequence[Mapping[str, Any]], metric: str) -> 
     )
 
 
-def _map(title: str, rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], tags: Mapping[str, str]) -> Block:
+def _map(
+    title: str, rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], tags: Mapping[str, str]
+) -> Block:
     """Layers down; positions, spans or heads across. Of a head patched at several places the strongest is shown."""
     across = "head" if rows[0].get("head") is not None else "span" if rows[0].get("span") else "position_from_end"
     places = list(dict.fromkeys(row[across] for row in rows))

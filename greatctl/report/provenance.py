@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..store.artifact import Artifact
+from .tables import metadata
 from .view import Block, Prose, Record, Table
 
 __all__ = ["section"]
@@ -65,7 +66,7 @@ def _said(value: object) -> str:
 def _fetched(sources: Mapping[str, Artifact]) -> Table:
     rows = []
     for name, artifact in sources.items():
-        facts = json.loads((artifact.path / "metadata.json").read_bytes())
+        facts = metadata(artifact.path)
         text = facts.get("text") or {}
         rows.append([name, facts.get("url") or "", facts.get("rights"), text.get("bytes"), text.get("sha256"),
                      artifact.fingerprint])  # fmt: skip

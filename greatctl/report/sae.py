@@ -68,7 +68,9 @@ def section(trained: Artifact, controls: Artifact | None, saes: Sequence[Artifac
     training = json.loads((trained.path / "training.json").read_bytes())
     curve = read_columns(trained.path / "metrics.parquet")
     head = [Prose(f"These pages are about {trained.path.name}."), *_losses(measured), *_reasons(measured)]
-    quality = Table(["quantity", "value"], _quality(measured, training), caption="On held-out windows", digits=4, folded=True)
+    quality = Table(
+        ["quantity", "value"], _quality(measured, training), caption="On held-out windows", digits=4, folded=True
+    )
     last: list[Block] = [_density(histogram)] if (histogram := measured.get("density_histogram")) else []
     return [
         *read_from(trained, "evaluation.json", head),
@@ -99,7 +101,9 @@ def _others(trained: Artifact, saes: Sequence[Artifact]) -> list[Block]:
                "shown here", "fingerprint"]  # fmt: skip
     table = Table(headers, rows, numeric=list(range(3, 8)), caption="Every autoencoder of this project", digits=4)
     words = "What each explains, over the latents that it uses a token: up and to the left is better."
-    chart = points("Explained variance over L0", series, x_title="L0", y_title="explained variance", words=words, equal=False)
+    chart = points(
+        "Explained variance over L0", series, x_title="L0", y_title="explained variance", words=words, equal=False
+    )
     return [table, *([chart] if sum(len(x) for x, _, _ in series.values()) > 2 else [])]
 
 
@@ -217,4 +221,7 @@ def _neighbours(measured: Mapping[str, Any]) -> list[Block]:
         f"{found['above_0.9']:.1%} of the latents have a neighbour above 0.9."
     )
     pairs = [[pair["latent"], pair["neighbour"], pair["cosine"]] for pair in found["closest"]]
-    return [Prose(words), Table(["latent", "neighbour", "cosine"], pairs, numeric=[0, 1, 2], caption="Closest pairs", folded=True)]
+    return [
+        Prose(words),
+        Table(["latent", "neighbour", "cosine"], pairs, numeric=[0, 1, 2], caption="Closest pairs", folded=True),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-__all__ = ["Row", "by_latent", "columns", "of_latents", "rows"]
+__all__ = ["Row", "by_latent", "columns", "metadata", "of_latents", "rows"]
 
 Row = Mapping[str, Any]
 
@@ -47,6 +48,12 @@ def by_latent(found: Iterable[Row]) -> dict[int, list[Row]]:
 def of_latents(path: Path, latents: Iterable[int], names: Collection[str] | None = None) -> dict[int, list[Row]]:
     """The rows of some latents, grouped by them."""
     return by_latent(rows(path, names, latents=latents))
+
+
+def metadata(source: Path) -> dict[str, Any]:
+    """What `fetch` noted of a text in metadata.json; nothing where it noted nothing."""
+    path = source / "metadata.json"
+    return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def _table(path: Path, names: Collection[str] | None, latents: Iterable[int] | None) -> pa.Table:

@@ -17,6 +17,7 @@ from .codes import Codes
 
 __all__ = ["choose_batch", "choose_rows", "residuals", "row_gradients"]
 
+# torch calls its CSR matrices a beta and says so once a process; the product is held against dense ones in the tests
 warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
 
 

@@ -58,14 +58,16 @@ def write(
     """Write everything; returns the summary."""
     write_text(folder / "circuit.json", circuit.to_json())
     inside = judged.keep
+    method = search.job.method
     columns = {"component": list(runs.names), "score": scores.tolist(), "in_circuit": inside.tolist()}
+    columns |= {"method": [method] * len(inside), "approximate": [method != "exact"] * len(inside)}
     write_table(folder / "components.parquet", columns)
     write_table(folder / "faithfulness.parquet", _by_pair(search, runs, judged, measured, rows))
     write_table(folder / "curve.parquet", _curves(measured))
     draws = list(range(len(judged.random_f)))
     size = [int(inside.sum())] * len(draws)
     write_table(folder / "random_sets.parquet", {"draw": draws, "n": size, "faithfulness": judged.random_f.tolist()})
-    write_table(folder / "minimality.parquet", _minimality(runs, scores, judged))
+    write_table(folder / "minimality.parquet", _minimality(runs, scores, judged, method))
     write_table(folder / "pairs.parquet", pair_table(search.job.pairs, search.executed, search.refused, search.words))
     return _summary(search, circuit, runs, scores, judged, measured, rows, clusters)
 
@@ -119,11 +121,13 @@ def _curves(measured: Sequence[Measured]) -> dict[str, list]:
     return columns
 
 
-def _minimality(runs: ComponentRuns, scores: NDArray[np.float64], judged: Judged) -> dict[str, list]:
+def _minimality(runs: ComponentRuns, scores: NDArray[np.float64], judged: Judged, method: str) -> dict[str, list]:
+    """A row a component that was taken out; `score` is by `method`, `change` was run."""
     found = judged.minimality
     return {
         "component": [runs.names[at] for at in judged.removed],
         "score": scores[judged.removed].tolist(),
+        "method": [method] * len(judged.removed),
         "change": found.change.tolist(),
         "beaten": found.beaten.tolist(),
         "draws": [len(found.others)] * len(judged.removed),
@@ -150,6 +154,8 @@ def _summary(
         "layer": _layer(runs.names[best], job.kind),
         "position": None,
         "effect": float(scores[best]),
+        "method": job.method,
+        "approximate": job.method != "exact",
         "component": runs.names[best],
         "direction": " and ".join(job.directions),
     }

@@ -22,11 +22,10 @@ from ..errors import InputError, UsageError
 from ..patching.circuits import Circuit, read_circuit
 from ..patching.pair_files import Pair
 from ..store.artifact import Artifact, Identity, current, sealed_under, touch, work
-from ..store.files import canonical_json, sha256_bytes
 from .context import Context, Plan, Result
 from .models import chosen_model, slug
-from .pair_sets import chosen_pairs
-from .patch_settings import must_fit
+from .pair_sets import chosen_pairs, identity_of
+from .patch_settings import metrics_of, must_fit
 from .saes import Sae, find_sae, plugins_of
 
 if TYPE_CHECKING:
@@ -96,8 +95,7 @@ def plan_circuit(ctx: Context, config: Config) -> CircuitJob:
         "direction": list(_directions(config, ablation)),
         "method": method,
         "model": slug(name),
-        "pairs": label,
-        "pairs_sha256": sha256_bytes(canonical_json([pair.row() for pair in pairs]).encode()),
+        **identity_of(label, pairs),
         "sae": ",".join(sae.path.name for sae in saes.values()),
     }
     plugins = ctx.plugins.digests({"metrics": [metric]})
@@ -145,10 +143,7 @@ def run_circuit(ctx: Context, config: Config) -> Result:
 
 def _metric(ctx: Context, config: Config) -> str:
     """The one metric."""
-    names = list(dict.fromkeys(config.metric))
-    for name in names:
-        if name not in ctx.plugins.registry.names("metrics"):
-            ctx.plugins.registry.get("metrics", name)  # raises, with the nearest names or the failed plugin
+    names = metrics_of(ctx, config)
     for wrong, what, why, fix in (
         (
             len(names) > 1,

@@ -110,7 +110,7 @@ def control_means(
         n_documents=len(store.documents),
         special_ids=store.tokenizer["special_ids"],
         device=device,
-        said=_said(ctx, reader, 0),
+        said=_said(ctx, reader, 0, task="companions"),
     )
 
 
@@ -164,17 +164,17 @@ def _directions(sae: LoadedSAE, activations: Artifact, device: str) -> Direction
 class _Said:
     """Progress over all rows, and stopping."""
 
-    def __init__(self, ctx: Context, total: int, already: int) -> None:
-        self._ctx, self._total, self._already, self._done = ctx, total, already, already
+    def __init__(self, ctx: Context, task: str, total: int, already: int) -> None:
+        self._ctx, self._task, self._total, self._already, self._done = ctx, task, total, already, already
 
     def __call__(self, rows: int) -> None:
         self._done += rows
-        self._ctx.run.progress("interpret", self._done, self._total, "tokens", already=self._already)
+        self._ctx.run.progress(self._task, self._done, self._total, "tokens", already=self._already)
         self._ctx.run.stop_here()
 
 
-def _said(ctx: Context, reader: ShardReader, first: int) -> _Said:
-    return _Said(ctx, reader.rows, sum(entry.rows for entry in reader.entries[:first]))
+def _said(ctx: Context, reader: ShardReader, first: int, task: str = "interpret") -> _Said:
+    return _Said(ctx, task, reader.rows, sum(entry.rows for entry in reader.entries[:first]))
 
 
 class _Saved:

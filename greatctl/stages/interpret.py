@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "interpret"
-_SHOWN = 20  # hypotheses of each concept in the summary
 _KEYS = (
     "concept", "latent", "effect", "q_value", "verdict", "heldout_auroc", "baseline", "value", "margin", "beats",
     "causal_effect", "claim",
@@ -115,17 +114,19 @@ def run(ctx: Context, config: Config) -> Result:
     more = _more(ctx, config, job, artifact)
     if config.latent is not None:
         return _page(ctx, artifact, config.latent, up_to_date, more)
-    view = {"reasons": _reasons(artifact), "baselines": read_rows(artifact.path / "baselines.parquet")}
+    baselines = read_rows(artifact.path / "baselines.parquet")
+    labels = read_rows(Path(str(more["labels"]["path"])) / "labels.parquet") if "labels" in more else []
+    view = {"reasons": _reasons(artifact), "baselines": baselines, "labels": labels}
     summary = {**_named(ctx, artifact), **more}
     return Result(STAGE, artifact.path, summary, up_to_date=up_to_date, view=view)
 
 
-def _more(ctx: Context, config: Config, job: _Job, artifact: Artifact) -> dict[str, object]:
+def _more(ctx: Context, config: Config, job: _Job, artifact: Artifact) -> dict[str, Any]:
     """The labels and the export that were asked for, as keys of the summary."""
     from .interpret_more import Made, export_neuronpedia, label_latents
 
     assert job.activations is not None and job.meta is not None
-    made, more = Made(artifact, job.sae, job.activations, job.meta), dict[str, object]()
+    made, more = Made(artifact, job.sae, job.activations, job.meta), dict[str, Any]()
     if config.labeler:
         words = (config.labeler, config.labeler_model)
         more["labels"] = label_latents(ctx, made, *words, count=config.labels, also=config.latent, seed=config.seed)
@@ -232,7 +233,8 @@ def _snippet(ctx: Context, config: Config, found: Sae, text: str) -> Result:
             fix="add them under `metadata` in its cfg.json",
         )
     deepest = Site.parse(found.hook_point).layer + 1
-    model = open_recorded(ctx, found.model, found.revision, what="the SAE's activations", upto=deepest)
+    sites = [found.hook_point]
+    model = open_recorded(ctx, found.model, found.revision, what="the SAE's activations", upto=deepest, sites=sites)
     ids = encode(model.tokenizer, text)
     if len(ids) > model.n_ctx:
         raise UsageError(
@@ -241,7 +243,7 @@ def _snippet(ctx: Context, config: Config, found: Sae, text: str) -> Result:
             fix="give a shorter --text",
         )
     sae = open_sae(ctx, found, pick_device(ctx.device))
-    residual = model.capture(torch.tensor([ids]), [found.hook_point])[found.hook_point][0, 1:]
+    residual = model.capture(torch.tensor([ids]), sites)[found.hook_point][0, 1:]
     pieces = Decoder(model.tokenizer, model.special_ids).pieces(ids[1:])
     read = read_snippet(sae.encode(residual.float()), pieces, config.top_k)
     summary = {"tokens": read.tokens, "top": read.top, "sae": found.path.name, "hook_point": found.hook_point}
@@ -295,7 +297,7 @@ def _summary(found: Sequence[Evidence]) -> dict[str, object]:
     return {
         **{name: concepts[0][name] for name in ("n_characters", "n_controls", "power")},
         "concepts": concepts,
-        "hypotheses": [{key: row.get(key) for key in _KEYS} for one in found for row in one.rows[:_SHOWN]],
+        "hypotheses": [{key: row.get(key) for key in _KEYS} for one in found for row in one.rows],
     }
 
 
@@ -307,4 +309,4 @@ def _page(ctx: Context, artifact: Artifact, latent: int, up_to_date: bool, more:
     contrast = page["contrast"]
     headline = f"{contrast['verdict']}: {contrast['reason']}" if contrast else None  # type: ignore[index]
     view = {"page": page, "headline": headline}
-    return Result(STAGE, artifact.path, {**artifact.summary, **page, **more}, up_to_date=up_to_date, view=view)
+    return Result(STAGE, artifact.path, {**_named(ctx, artifact), **page, **more}, up_to_date=up_to_date, view=view)

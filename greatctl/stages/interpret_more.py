@@ -16,7 +16,7 @@ from typing import Any
 from ..store.artifact import Artifact
 from ..store.tables import read_rows
 from .context import Context
-from .labels import Wanted, label, labels_of
+from .labels import Wanted, label, labels_by_latent
 from .models import pick_device, resolve
 from .saes import Sae, open_sae
 
@@ -67,32 +67,31 @@ def names_of(ctx: Context, features: Artifact, latents: Sequence[int]) -> dict[i
     """What each of these latents is called: by its labeler, else by the tokens it fires on and raises."""
     from ..features.names import fallback_names
 
-    named = {latent: str(row["name"]) for latent, row in labels_of(ctx.project, features).items()}
+    named = {latent: str(row["name"]) for latent, row in labels_by_latent(ctx.project, features).items()}
     return {latent: named.get(latent, name) for latent, name in fallback_names(features.path, latents).items()}
 
 
 def name_of(ctx: Context, features: Artifact, latent: int) -> dict[str, object]:
     """`name` of a latent, and `label`: its row of labels.parquet, None where nobody named it."""
-    row = labels_of(ctx.project, features).get(latent)
+    row = labels_by_latent(ctx.project, features).get(latent)
     return {"name": names_of(ctx, features, [latent])[latent], "label": row}
 
 
 def export_neuronpedia(ctx: Context, made: Made) -> Path:
     """Write the latents that fire as Neuronpedia-style JSON; returns the folder."""
+    from ..corpus.windows import TokenStore
     from ..features.neuronpedia import Origin, write_neuronpedia
-    from ..store.tables import read_columns
 
-    tokens = ctx.project.tokens / str(made.meta["tokens_name"])
-    windows = len(read_columns(tokens / "windows.parquet", ["document"])["document"])
+    store = TokenStore(ctx.project.tokens / str(made.meta["tokens_name"]))
     hook_point = str(made.meta["hook_point"])
     layer = next((int(part) for part in hook_point.split(".") if part.isdigit()), 0)
     origin = Origin(
         str(made.meta["model"]).rstrip("/").rsplit("/", 1)[-1],
         layer,
         made.features.path.name,
-        windows,
-        int(made.meta["window"]),
-        tokens.name,
+        len(store.length),
+        store.window,
+        store.path.name,
     )
     folder = ctx.project.results / "exports" / made.features.path.name / "neuronpedia"
 
@@ -100,7 +99,7 @@ def export_neuronpedia(ctx: Context, made: Made) -> Path:
         ctx.run.progress("exporting", done, total, "latents")
         ctx.run.stop_here()
 
-    count = write_neuronpedia(made.features.path, folder, origin, labels_of(ctx.project, made.features), said)
+    count = write_neuronpedia(made.features.path, folder, origin, labels_by_latent(ctx.project, made.features), said)
     ctx.run.notice(f"interpret: exported {count:,} latents to {folder}")
     return folder
 

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import GreatctlError
+from ..events import Run
 from ..store.artifact import Artifact, Identity, current, load, touch, work
 from ..store.files import canonical_json, make_dir, sha256_bytes, write_json
 from ..store.tables import read_rows, write_table
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
     from ..features.label_scores import Exam
     from ..features.labels import Ask, Named
 
-__all__ = ["FOLDER", "STAGE", "Wanted", "label", "labels_of"]
+__all__ = ["FOLDER", "STAGE", "Wanted", "label", "labels_by_latent", "labels_of"]
 
 STAGE = "interpret --labeler"  # the command that makes it, which errors name
 FOLDER = "labels"
-_ANSWERS, _TABLE = "answers", "answers.parquet"
+_ANSWERS, _TABLE, _LABELS = "answers", "answers.parquet", "labels.parquet"
 _T = TypeVar("_T")
 
 Exams = Callable[[Sequence[int]], Mapping[int, "Exam"]]
@@ -55,18 +56,20 @@ class Wanted:
     seed: int
 
 
-def labels_of(project: Project, features: Artifact) -> dict[int, dict[str, object]]:
-    """The labels of these very feature tables by latent; empty where there are none, or damaged ones."""
-    folder = project.results / FOLDER / features.path.name
-    if not (folder / "artifact.json").is_file():
-        return {}
+def labels_of(project: Project, features: Artifact) -> Artifact | None:
+    """The labels of these very feature tables; None where there are none, or damaged ones."""
     try:
-        artifact = load(folder).check()
+        artifact = load(project.results / FOLDER / features.path.name).check()
     except GreatctlError:
-        return {}
-    if dict(artifact.record["inputs"]).get("features") != features.fingerprint:  # type: ignore[call-overload]
-        return {}
-    return {row["latent"]: row for row in read_rows(folder / "labels.parquet")}
+        return None
+    made_from = dict(artifact.record["inputs"]).get("features")  # type: ignore[call-overload]
+    return artifact if made_from == features.fingerprint else None
+
+
+def labels_by_latent(project: Project, features: Artifact) -> dict[int, dict[str, Any]]:
+    """The rows of `labels_of` by latent; empty where there is no such table."""
+    labels = labels_of(project, features)
+    return {row["latent"]: row for row in read_rows(labels.path / _LABELS)} if labels else {}
 
 
 def label(ctx: Context, features: Artifact, wanted: Wanted, exams: Exams) -> Artifact:
@@ -88,7 +91,7 @@ def label(ctx: Context, features: Artifact, wanted: Wanted, exams: Exams) -> Art
     started = time.monotonic()
     earlier = {} if ctx.force else _earlier(final)
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
-        answers = _Answers(w.path / _ANSWERS, labeler, earlier)
+        answers = _Answers(w.path / _ANSWERS, labeler, earlier, ctx.run)
         rows = _rows(ctx, features, labeler, answers.ask, exams(wanted.latents), wanted.seed)
         _write(w.path, rows, answers)
         return w.seal(_summary(rows, labeler), discard=(_ANSWERS,), seconds=round(time.monotonic() - started, 3))
@@ -159,12 +162,14 @@ def _all(ctx: Context, labeler: Labeler, task: str, latents: Sequence[int], do: 
 class _Answers:
     """Asks, and keeps every answer in a file named after its question."""
 
-    def __init__(self, folder: Path, labeler: Labeler, earlier: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, labeler: Labeler, earlier: Mapping[str, str], run: Run) -> None:
         make_dir(folder)
-        self._folder, self._labeler, self._earlier = folder, labeler, earlier
+        self._folder, self._labeler, self._earlier, self._run = folder, labeler, earlier, run
 
     def ask(self, messages: Sequence[Message]) -> str:
         """The answer to these messages, asked for only if nobody did before."""
+        from ..features.label_answers import LONGEST
+
         question = {"labeler": self._labeler.name, "revision": self._labeler.revision, "messages": list(messages)}
         key = sha256_bytes(canonical_json(question).encode())
         path = self._folder / f"{key}.json"
@@ -174,7 +179,8 @@ class _Answers:
             pass
         answer = self._earlier.get(key)
         if answer is None:
-            answer = self._labeler.ask(messages).encode("utf-8", "replace").decode()
+            self._run.stop_here()
+            answer = self._labeler.ask(messages)[-LONGEST:].encode("utf-8", "replace").decode()
         write_json(path, {"answer": answer})
         return answer
 
@@ -195,9 +201,9 @@ def _earlier(final: Path) -> dict[str, str]:
 def _write(folder: Path, rows: Sequence[Mapping[str, object]], answers: _Answers) -> None:
     import pyarrow as pa
 
-    from ..features.labels import LABELS, table_of
+    from ..features.labels import table_of
 
-    write_table(folder / LABELS, table_of(rows))
+    write_table(folder / _LABELS, table_of(rows))
     schema = pa.schema([("question", pa.string()), ("answer", pa.string())])
     write_table(folder / _TABLE, pa.Table.from_pylist(answers.rows(), schema=schema))
 

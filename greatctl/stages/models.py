@@ -7,10 +7,12 @@ given as a flag or in the environment, and the manifest's folder when it stands 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, ResourceError, UsageError
+from ..model.interface import Site
 from .context import Context
 
 if TYPE_CHECKING:
@@ -105,14 +107,23 @@ def _spread(ctx: Context, name: str, size: int) -> str | None:
 
 
 def open_recorded(
-    ctx: Context, name: str, revision: str | None, *, what: str = "the activations", upto: int | None = None
+    ctx: Context,
+    name: str,
+    revision: str | None,
+    *,
+    what: str = "the activations",
+    upto: int | None = None,
+    sites: Sequence[str] = (),
 ) -> FrozenModel:
     """`open_model`, held against the revision that `what` were made with (None: not recorded, so not compared).
+
+    With `sites` that the lean engine does not know (what an MLP reads, say), TransformerLens runs it.
 
     Raises:
         InputError: the model under that name is another one now.
     """
-    model = open_model(ctx, name, upto=upto)
+    lean = all(Site.parse(site).is_lean for site in sites)
+    model = open_model(ctx, name, engine="auto" if lean else "transformer-lens", upto=upto)
     if revision is not None and model.revision != revision:
         raise InputError(
             f"{name} is not the model that was harvested",

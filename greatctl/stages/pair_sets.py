@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 from ..patching.pair_files import Pair, read_pairs
+from ..store.files import canonical_json, sha256_bytes
 from .context import Context
 from .models import slug
 
-__all__ = ["COPYING", "chosen_pairs"]
+__all__ = ["COPYING", "chosen_pairs", "identity_of"]
 
 COPYING = "copying"
 _ONE = ("clean", "corrupted", "answer", "wrong_answer")
@@ -61,4 +63,16 @@ def chosen_pairs(ctx: Context, config: Named, source: str | Path) -> tuple[str, 
         return COPYING, copying_pairs(tokenizer, lambda text: encode(tokenizer, text), seed=config.seed)
     from .. import reference
 
+    known = [*reference.PAIR_SETS, COPYING]
+    if config.pairs not in known:
+        raise UsageError(
+            f"no pairs are called {config.pairs!r}",
+            why=f"there are {', '.join(known)}; a file has an ending or a folder in its name",
+            fix=did_you_mean(config.pairs, known),
+        )
     return config.pairs, read_pairs(Path(reference.pairs_path(config.pairs)))
+
+
+def identity_of(label: str, pairs: Sequence[Pair]) -> dict[str, str]:
+    """The settings that tell one set of pairs from another: the word for them, and a hash of all that they say."""
+    return {"pairs": label, "pairs_sha256": sha256_bytes(canonical_json([pair.row() for pair in pairs]).encode())}

@@ -28,12 +28,11 @@ from ..errors import GreatctlError, InputError, UsageError
 from ..patching.pair_files import Pair
 from ..patching.sites import default_positions
 from ..store.artifact import Artifact, Identity, current, newest, touch, work
-from ..store.files import canonical_json, sha256_bytes
 from .circuit_settings import CircuitSettings
 from .context import Context, Plan, Result
 from .models import chosen_model, slug
-from .pair_sets import chosen_pairs
-from .patch_settings import directions_of, must_fit
+from .pair_sets import chosen_pairs, identity_of
+from .patch_settings import directions_of, metrics_of, must_fit
 from .saes import Sae, find_sae, plugins_of
 
 if TYPE_CHECKING:
@@ -89,7 +88,9 @@ class Config(CircuitSettings):
     edge: list[str] = Field([], description="for edges: these (repeatable, * stands for any part of a name)")
     top: int = Field(50, ge=1, description="how many neurons, latents or edges to list, the most promising first")
     positions: Literal["each", "spans", "all"] | None = Field(
-        None, description="a cell for each position, each marked span, or all together (each; inside of blocks all)"
+        None,
+        description="a cell for each position, each marked span, or all together (each; inside of blocks all; edges that "
+        "are estimated have only all)",
     )
     direction: Literal["both", "denoising", "noising"] = Field(
         "both", description="denoising: clean into corrupted; noising: corrupted into clean"
@@ -199,11 +200,7 @@ def _sweeps(ctx: Context, config: Config, job: Job) -> Sweeps:
 
 
 def _prepare(ctx: Context, config: Config) -> Job:
-    metrics = list(dict.fromkeys(config.metric))
-    known = ctx.plugins.registry.names("metrics")
-    for name in metrics:
-        if name not in known:
-            ctx.plugins.registry.get("metrics", name)  # raises, with the nearest names or the failed plugin
+    metrics = metrics_of(ctx, config)
     directions = directions_of(config)
     sae = find_sae(ctx, config.sae) if config.site == "latents" else None
     from .. import model
@@ -225,8 +222,7 @@ def _prepare(ctx: Context, config: Config) -> Job:
         "direction": list(directions),
         "positions": positions,
         "model": slug(name),
-        "pairs": label,
-        "pairs_sha256": sha256_bytes(canonical_json([pair.row() for pair in pairs]).encode()),
+        **identity_of(label, pairs),
     }
     inputs = {}
     plugins = ctx.plugins.digests({"metrics": metrics})

@@ -11,10 +11,24 @@ from .models import slug
 
 if TYPE_CHECKING:
     from ..model.loading import ModelInfo
+    from .context import Context
     from .patch import Config
     from .saes import Sae
 
-__all__ = ["directions_of", "must_fit"]
+__all__ = ["directions_of", "metrics_of", "must_fit"]
+
+
+def metrics_of(ctx: Context, config: Config) -> list[str]:
+    """The metrics that were named, each once.
+
+    Raises:
+        UsageError: one is not known (with the nearest names), or its plugin failed.
+    """
+    metrics = list(dict.fromkeys(config.metric))
+    for name in metrics:
+        if name not in ctx.plugins.registry.names("metrics"):
+            ctx.plugins.registry.get("metrics", name)
+    return metrics
 
 
 def directions_of(config: Config) -> Sequence[str]:

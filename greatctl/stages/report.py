@@ -35,7 +35,9 @@ class Config(StageConfig):
     """Settings of `greatctl report`."""
 
     open_browser: bool = Field(False, description="open the page in the browser")
-    output: Path | None = Field(None, description="also write a copy of the page here (of the text or the data with --format)")
+    output: Path | None = Field(
+        None, description="also write a copy of the page here (of the text or the data with --format)"
+    )
     format: Literal["html", "md", "json"] = Field(
         "html", description="what the path, --output and --open mean: the page, the same as text, or as data"
     )
@@ -105,9 +107,7 @@ def _write(ctx: Context, config: Config, final: Path, identity: Identity, sectio
     from ..report.markdown import markdown
     from ..report.page import render
 
-    made = view(
-        _checked(ctx), plugin_sections=sections, root=ctx.project.root, latents=config.latents, rules=_rules()
-    )
+    made = view(_checked(ctx), plugin_sections=sections, root=ctx.project.root, latents=config.latents, rules=_rules())
     page = render(made)
     with work(final, identity, origins=ctx.origins, fresh=True) as w:
         write_text(w.path / "index.html", page)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..errors import GreatctlError, InputError, UsageError
+from ..errors import GreatctlError, InputError, UsageError, did_you_mean
 from ..settings import Origins
 from ..store.artifact import Artifact, Identity
 from .context import Context
@@ -133,6 +133,9 @@ def _refuse_twins(members: Sequence[Member]) -> None:
 
 def _refuse(ctx: Context, config: Config) -> None:
     """Settings that do not go with a sweep."""
+    names = config.sweep.get("arch", [config.arch])
+    schemas = [ctx.plugins.registry.get("architectures", name).Config for name in names]
+    options = {key for schema in schemas for key in schema.model_fields}
     for key in config.sweep:
         if key in type(config).model_fields and key not in _SWEPT:
             raise UsageError(
@@ -140,9 +143,13 @@ def _refuse(ctx: Context, config: Config) -> None:
                 why="the SAEs of a sweep are trained on the same batches, in one walk",
                 fix=f"sweep {', '.join(_SWEPT)} or an option of the architecture; run one command for each {key}",
             )
+        if key not in _SWEPT and key not in options:
+            why = f"there is no such setting, of the training or of {', '.join(names)}"
+            raise UsageError(f"--sweep cannot vary {key}", why=why, fix=did_you_mean(key, options | {*_SWEPT}))
         if key != "seed" and ctx.origins.get(key, "").startswith("flag"):
             flag = "--" + key.replace("_", "-")
-            raise UsageError(f"{flag} and --sweep {key} exclude each other", fix="give one of them")
+            why = "both of them set it"
+            raise UsageError(f"{flag} and --sweep {key} exclude each other", why=why, fix="give one of them")
     if config.export:
         why = "an export is made of one finished SAE"
         raise UsageError("--export does not go with --sweep", why=why, fix="train, then --name NAME --export FORMAT")
@@ -166,7 +173,8 @@ def _asked(ctx: Context, config: Config, chosen: Mapping[str, str]) -> tuple[Con
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = str(problem["loc"][0]) if problem["loc"] else "sweep"
-        raise UsageError(f"--sweep {key}={chosen.get(key, '')} is not possible", why=problem["msg"]) from None
+        what = f"--sweep {key}={chosen.get(key, '')}"
+        raise UsageError(f"{what} is not possible", why=problem["msg"], fix=f"change --sweep {key}") from None
     return _with_origins(ctx, made, origins), made
 
 

@@ -203,7 +203,7 @@ class _Pass:
         trainers = []
         for member in self.members:
             site, request = member.site, request_of(member.config, member.job)
-            run = self.voice.of(member)
+            run = self.voice.of(member, site.split()[0] if len(self.rows) > 1 else "")
             trainers.append(begin(self._folder(member), self.rows[site], request, run, self.makers[site].device))
         return trainers
 
@@ -214,7 +214,7 @@ class _Pass:
         if site not in self.held:
             self.held[site] = HeldOut.of(self.rows[site])
             self.measuring[site] = self.makers[site].measuring()
-        trainer.run = self.voice.of(member, prefix=True)
+        trainer.run = self.voice.of(member, member.final.name)
         try:
             summary = finish(self._folder(member), trainer, self.held[site], **self.measuring[site])
         except StageError as error:
@@ -253,17 +253,17 @@ class _Voice:
 
     def once(self) -> Run:
         """A run that says each sentence once."""
-        return self._run(self.run, "")
+        return self._run(self.run, "", "")
 
-    def of(self, member: Member, *, prefix: bool = False) -> Run:
-        """A member's run; its curve's points carry its name."""
-        return self._run(member.ctx.run, member.final.name, prefix)
+    def of(self, member: Member, whose: str) -> Run:
+        """A member's run; its curve's points carry its name, and what it says the name `whose`, if that is any."""
+        return self._run(member.ctx.run, member.final.name, whose)
 
-    def _run(self, run: Run, name: str, prefix: bool = False) -> Run:
+    def _run(self, run: Run, name: str, whose: str) -> Run:
         def emit(event: Event) -> None:
             words = event.message
             if event.kind == "notice":
-                words = f"{name}: {words}" if prefix else words
+                words = f"{whose}: {words}" if whose else words
                 if words in self._said:
                     return
                 self._said.add(words)

@@ -52,7 +52,10 @@ def register(app: typer.Typer) -> None:
             int | None, Option(help="Most promising neurons, latents or edges to list (default 50).")
         ] = None,
         positions: Annotated[
-            str | None, Option(help="each (default in the stream), spans, or all (default inside of blocks).")
+            str | None,
+            Option(
+                help="each (default in the stream), spans, or all (default inside of blocks; estimates of edges: all)."
+            ),
         ] = None,
         direction: Annotated[str | None, Option(help="denoising, noising or both (default).")] = None,
         corruption: Annotated[

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 
 from ...stages.context import Result
 from ..text import literal
+from .labels import label_table
 from .table import facts, number, table
 
 __all__ = ["render_hypotheses"]
@@ -35,10 +36,14 @@ def render_hypotheses(result: Result) -> RenderableType:
         parts += ["", literal(f"{name}: {concept['power']}")]
         hypotheses = [row for row in _rows(summary["hypotheses"]) if row["concept"] == name]
         parts.append(_hypotheses(hypotheses[:_ROWS]))
+        if len(hypotheses) > _ROWS:
+            words = f"{_ROWS} of {len(hypotheses)} candidates, {concept['n_supported']} of them supported"
+            parts.append(literal(f"{words}; AUROC is on those who were held out", "dim"))
         reasons = [row for row in _rows(result.view.get("reasons")) if row["concept"] == name]
         parts += [literal(f"{r['latent']} {r['verdict']} (may be said: {r['claim']}): {r['reason']}.") for r in reasons]
         measured = [row for row in _rows(result.view.get("baselines")) if row["concept"] == name]
         parts += _baselines(measured)
+    parts += label_table(_rows(result.view.get("labels")))
     if result.artifact:
         parts += ["", literal(f"{result.artifact}: hypotheses, evidence, baselines.parquet", "dim")]
     return Group(*parts)

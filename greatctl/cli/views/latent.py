@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ..text import literal, paragraphs
 from .heat import passage, passage_line, sparkline
+from .labels import label_lines
 from .table import facts, number
 
 __all__ = ["render_latent"]
@@ -28,7 +29,7 @@ Row = Mapping
 def render_latent(page: Mapping, headline: str | None) -> RenderableType:
     """The page of `greatctl.features.page.latent_page`, with what was decided about it on top."""
     title = f"latent {page['latent']}: fires on {page['density']:.2%} of the tokens, at most {number(page['max'])}"
-    parts: list[RenderableType] = [literal(title, "bold")]
+    parts: list[RenderableType] = [literal(title, "bold"), *label_lines(page.get("label"))]
     parts.append(paragraphs(headline or ("no hypothesis" if page["fired"] else "it never fires"), "italic"))
     for row in page["contrasts"][1:]:
         parts.append(paragraphs(f"{row['concept']}: {row['verdict']}", "italic"))

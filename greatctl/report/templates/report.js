@@ -31,11 +31,17 @@
     dress(theme);
   });
 
-  // --- charts: drawn when they come into view, all of them before printing
+  // --- charts: drawn when they come into view, all of them before printing; plotly is run before the first of them,
+  // since it takes longer than everything else
   var figures = data("figures"), charts = all(".chart");
   function ink() { return getComputedStyle(document.body).color; }
+  function plotly() {
+    var code = document.getElementById("plotly");
+    if (typeof Plotly === "undefined" && code && code.textContent) { document.head.appendChild(make("script", code.textContent)); }
+    return typeof Plotly !== "undefined";
+  }
   function draw(node) {
-    if (typeof Plotly === "undefined" || node.dataset.drawn) { return; }
+    if (node.dataset.drawn || !plotly()) { return; }
     node.dataset.drawn = "1";
     var figure = figures[Number(node.dataset.chart)];
     var layout = Object.assign({}, figure.layout, { font: Object.assign({}, figure.layout.font, { color: ink() }) });
@@ -58,8 +64,8 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", function () { recolour(); });
   var folded = [];
   window.addEventListener("beforeprint", function () {
-    folded = all("details:not([open])");
-    folded.forEach(function (node) { if (!node.classList.contains("record")) { node.open = true; } });
+    folded = all("details.card:not([open]):not(.record)");
+    folded.forEach(function (node) { node.open = true; });
     charts.forEach(draw);
     recolour("#000");
   });
@@ -255,7 +261,7 @@
       return block;
     }
     heads.forEach(function (head) {
-      var th = make("th"), press = make("button", head[1]);
+      var th = make("th", null, /^(name|verdict|up|latent)$/.test(head[0]) ? "" : "num"), press = make("button", head[1]);
       press.type = "button";
       th.scope = "col";
       press.addEventListener("click", function () {
@@ -310,4 +316,5 @@
   window.addEventListener("hashchange", follow);
   if (location.hash) { window.addEventListener("load", follow); }
   dress(themes.indexOf(kept()) > 0 ? kept() : "system");
+  performance.mark("ready");
 })();
