@@ -96,6 +96,13 @@ def test_fault_50_an_exploding_loss_stops_and_a_single_bad_batch_does_not(tmp_pa
     assert trained(tmp_path / "spikes", Spike, acts, **more).step == 90
 
 
+def test_fit_says_how_many_tokens_a_second_it_took(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "shards", planted(2000, dictionary(32, 16)))
+    coder = build(TopK, TopK.Config(d_in=16, d_sae=32, k=2), 0)
+    trainer = Trainer(coder, rows, settings(), Checkpoints(tmp_path / "kept"), Run("train"))
+    assert trainer.fit() > 0 and trainer.tokens > 0
+
+
 def test_fault_50_losses_that_are_looked_at_late_are_still_looked_at_before_a_checkpoint(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "shards", planted(2000, dictionary(32, 16)))
     cls = poisoned(12, float("nan"))

@@ -107,8 +107,8 @@ class Trainer:
 
     def fit(self) -> float:
         """Train to the last step; returns tokens per second of this call. Raises: as `walk`."""
-        first = self.tokens
-        return (self.tokens - first) / walk([self]).seconds
+        first, walked = self.tokens, walk([self])
+        return (self.tokens - first) / walked.seconds
 
     def take(self, x: Tensor, target: Tensor | None, cursor: Cursor) -> None:
         """One step on a scaled batch.
