@@ -78,7 +78,11 @@ def bos_id(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise InputError("the tokenizer has neither a BOS nor an EOS token", why="every window must begin with one")
+    raise InputError(
+        "the tokenizer has neither a BOS nor an EOS token",
+        why="every window must begin with one",
+        fix="use --model with a whole Hugging Face folder (tokenizer.json and tokenizer_config.json, which names them)",
+    )
 
 
 def pad_id(tokenizer: Any) -> int:
