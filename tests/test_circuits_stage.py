@@ -167,6 +167,10 @@ def test_keys_of_a_group_are_drawn_to_each_of_its_heads() -> None:
     rows = [{"component": name, "score": 1.0} for name in ("a0.h0->a1.kv0.k", "a1.h0->logits.in", "a1.h1->logits.in")]
     found = told.drawing("t", rows, {"kind": "edges", "n_heads": 4, "n_kv_heads": 2})
     assert sum(line.slot == "k" for line in found.lines) == 2 and len(found.lines) == 4
+    assert "estimate" not in str(found)
+    about = {"kind": "edges", "n_heads": 4, "n_kv_heads": 2, "approximate": True, "scores": "eap-ig"}
+    guessed = told.drawing("t", rows, about)
+    assert "estimates by eap-ig" in guessed.words and all("estimated" in line.about for line in guessed.lines)
 
 
 def test_copying_pairs_hold_the_same_words_and_swap_the_answer() -> None:

@@ -189,7 +189,7 @@ def _supervised(c: Candidate) -> Finding:
     smallest = min((c.margins[n][0] for n in names if n in c.margins), default=None)
     if lacking:
         return "missing", smallest, f"not measured: {', '.join(lacking)}"
-    return "passed", smallest, "margin over " + ", ".join(shown)
+    return "passed", smallest, "printed beside it, which is all this asks: margin over " + ", ".join(shown)
 
 
 def _random(c: Candidate) -> Finding:
@@ -224,7 +224,8 @@ def _author_level(c: Candidate) -> Finding:
     q, icc = c.value("q_value"), c.value("icc")
     if c.row["verdict"] == "underpowered":
         return "failed", q, str(c.row["reason"])
-    return "passed" if q <= LEVEL else "failed", q, f"q {q:.2g} over all latents, intraclass correlation {icc:.2f}"
+    clustered = f", intraclass correlation {icc:.2f}" if isfinite(icc) else ", no intraclass correlation can be told"
+    return "passed" if q <= LEVEL else "failed", q, f"q {q:.2g} over all latents{clustered}"
 
 
 def _held_out(c: Candidate) -> Finding:

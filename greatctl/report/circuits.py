@@ -90,25 +90,27 @@ def drawing(title: str, rows: Sequence[Mapping[str, Any]], circuit: Mapping[str,
         names |= {sender} | ({receiver} if not receiver.startswith("kv") else set())
     heads = [name for name in names if name.startswith("a")]
     places, height = _places(sorted(names, key=_order))
+    kind = "estimated " if circuit.get("approximate") else ""
     drawn = []
     for sender, receiver, slot, row in edges:
         width = 1 + 6 * abs(row["score"]) / largest
         for node in _readers(receiver, heads, group):
             if node in places:
                 (x1, y1), (x2, y2) = places[sender], places[node]
-                about = f"{row['component']}: {row['score']:+.3g}"
+                about = f"{row['component']}: {kind}{row['score']:+.3g}"
                 drawn.append(Line(x1, y1 - 13, x2, y2 + 13, round(width, 2), slot, about))
     scores = {row["component"]: row["score"] for row in shown}
     boxes = [
-        Box(x, y, _short(name), f"{name}: {scores[name]:+.3g}" if name in scores else name,
+        Box(x, y, _short(name), f"{name}: {kind}{scores[name]:+.3g}" if name in scores else name,
             round(abs(scores.get(name, 0.0)) / largest, 3))
         for name, (x, y) in places.items()
     ]  # fmt: skip
     across = max((x for x, _ in places.values()), default=0) + _MARGIN
     rest = f" The {len(rows) - len(shown):,} weaker ones are not drawn." if len(rows) > len(shown) else ""
+    guess = f", scores being estimates by {circuit['scores']}" if circuit.get("approximate") else ""
     words = (
         f"{len(shown)} {circuit['kind']}, the earliest at the bottom; the strongest is {shown[0]['component']} with a score "
-        f"of {shown[0]['score']:+.3g} in the metric's unit.{rest}"
+        f"of {shown[0]['score']:+.3g} in the metric's unit{guess}.{rest}"
         if shown
         else "The circuit is empty."
     )
@@ -204,7 +206,8 @@ def _random(name: str, rows: Sequence[Mapping[str, Any]], circuit: Mapping[str, 
 
 
 def _table(name: str, rows: Sequence[Mapping[str, Any]], minimal: Mapping[str, Mapping[str, Any]]) -> Table:
-    headers = ["component", "score", "f lost without it", "p", "needed"]
+    guessed = any(row.get("approximate") for row in rows)
+    headers = ["component", "estimated score" if guessed else "score", "f lost without it", "p", "needed"]
     cells = []
     for row in rows:
         found = minimal.get(row["component"], {})

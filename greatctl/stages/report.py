@@ -27,7 +27,7 @@ from .controls import controls_of
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "report"
-LAYOUT = 11  # raised when the page changes, so that an old report is remade
+LAYOUT = 12  # raised when the page changes, so that an old report is remade
 _FILES = {"html": "index.html", "md": "report.md", "json": "report.json"}
 
 
