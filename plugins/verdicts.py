@@ -1,23 +1,24 @@
-"""Example plugin: a section of the report that counts verdicts by concept, as data. Use it with --plugin plugins/verdicts.py"""
+"""Example plugin: a section of the report that draws how many candidates got which verdict (--plugin plugins/verdicts.py)."""
 
-from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from greatctl import hookimpl
 
-__version__ = "1.0"
+__version__ = "1.1"
 
 
 @hookimpl
 def report_sections(results: Path) -> list[dict[str, object]]:
-    """One table: a row for each set of features, concept and verdict."""
-    rows = []
+    """A chart for every set of features: a bar for each verdict and concept."""
+    charts: list[dict[str, object]] = []
     for path in sorted((results / "features").glob("*/hypotheses.parquet")):
-        table = pq.read_table(path, columns=["concept", "verdict"]).to_pylist()
-        counts = Counter((row["concept"], row["verdict"]) for row in table)
-        rows += [[path.parent.name, *key, n] for key, n in sorted(counts.items())]
-    words = "How the candidates of each concept fared, in every set of features of this project."
-    table = {"kind": "table", "columns": ["features", "concept", "verdict", "candidates"], "rows": rows}
-    return [{"title": "Verdicts at a glance", "blocks": [{"kind": "prose", "text": words}, table]}]
+        series: dict[str, list] = {}
+        counts = pq.read_table(path).group_by(["concept", "verdict"]).aggregate([([], "count_all")])
+        for row in counts.sort_by("verdict").to_pylist():
+            series.setdefault(row["concept"], []).append([row["verdict"], row["count_all"]])
+        chart = {"kind": "chart", "draw": "bars", "title": path.parent.name, "words": "Candidates by verdict."}
+        axes = {"x": {"name": "verdict", "unit": ""}, "y": {"name": "candidates", "unit": ""}}
+        charts.append({**chart, **axes, "series": series})
+    return [{"title": "Verdicts at a glance", "blocks": charts}]

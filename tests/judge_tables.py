@@ -43,6 +43,20 @@ def made_up_table(seed: int) -> tuple[dict, ...]:
     return tuple(rows)
 
 
+def unequal_table(*, characters_have_much: bool) -> tuple[dict, ...]:
+    """12 characters and 18 controls; one role has one work of 8 windows an author, the other three of 30."""
+    much, little = (3, 30), (1, 8)
+    sizes = {"character": (12, much if characters_have_much else little)}
+    sizes["control"] = (18, little if characters_have_much else much)
+    return tuple(
+        {"author": f"{role} {author}", "work": f"{role} {author} {work}", "role": role}
+        for role, (n, (works, windows)) in sizes.items()
+        for author in range(n)
+        for work in range(works)
+        for _ in range(windows)
+    )
+
+
 def column(rows: Sequence[dict], name: str, value: object) -> np.ndarray:
     """1 where a row has the value [n_rows]."""
     return np.array([row[name] == value for row in rows], dtype=float)
@@ -61,6 +75,11 @@ def null_corpus(rows: Sequence[dict], seed: int, n_latents: int = 20) -> np.ndar
         keys, place = np.unique([row[name] for row in rows], return_inverse=True)
         found += rng.normal(scale=size, size=(len(keys), n_latents))[place]
     return found
+
+
+def sparse(x: np.ndarray) -> np.ndarray:
+    """The same latents silent in about nine of ten windows."""
+    return np.maximum(x - 1.5, 0)
 
 
 def between_authors(rows: Sequence[dict]) -> float:

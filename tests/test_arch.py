@@ -322,6 +322,7 @@ def test_the_kth_largest_is_exact_whole_and_in_parts() -> None:
         assert lowest_kept(lambda v=values: iter(v.split(101)), k) == kth_largest(values, rows * k)
     few = torch.tensor([[-1.0, 2.0], [3.0, -4.0]])
     assert kth_largest(few, 3) == 2.0 and kth_largest(-few.abs(), 3) > 0
+    assert lowest_kept(lambda: iter([-torch.ones(4, 8)] * 2), 2) > 0  # nothing is positive in any part
 
 
 def test_reading_in_training_mode_changes_no_state() -> None:

@@ -16,9 +16,10 @@ from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 from greatctl.errors import UsageError
 from greatctl.model.interface import Intervention
 from greatctl.model.lean import LeanModel
-from greatctl.patching.attribution import METHODS, latent_scores, node_scores
+from greatctl.patching.attribution import DROP, METHODS, latent_scores, node_scores
 from greatctl.patching.edge_attribution import edge_scores
 from greatctl.patching.gradients import Tape
+from greatctl.patching.graph import graph
 from greatctl.patching.latents import Latents
 from greatctl.patching.metrics import CE, KL, LogitDiff, Prob, Rank
 from greatctl.patching.pairs import EncodedPair, Pair
@@ -129,7 +130,7 @@ def read_slope(model: LeanModel, pair: EncodedPair, sender: torch.Tensor, kind: 
 @pytest.mark.parametrize("slot", ["q", "k", "v"])
 def test_an_edge_score_is_the_slope_when_one_projection_alone_reads_the_change(model, slot):
     scores = edge_scores(model, PAIRS, DIFF)
-    values = dict(zip((edge.name for edge in scores.graph.edges), scores.edges["logit-diff"][0], strict=True))
+    values = dict(zip((edge.name for edge in scores.graph.edges), scores.edges["logit-diff"][0, :, 0], strict=True))
     group = prepare(model, PAIRS, "z")
     z = [group.values[0][run][:1] for run in (0, 1)]
     sender = model.head_outputs(0, z[0] - z[1])[0, :, 2]  # head 2 of layer 0, on key-value head 1
@@ -141,7 +142,7 @@ def test_an_edge_score_is_the_slope_when_one_projection_alone_reads_the_change(m
 def test_the_edges_of_a_sender_sum_to_what_it_does_through_all_of_its_ways(model):
     scores = edge_scores(model, PAIRS, DIFF)
     sums = {node.name: torch.zeros(2, dtype=torch.float64) for node in scores.graph.senders}
-    for edge, value in zip(scores.graph.edges, scores.edges["logit-diff"].T, strict=True):
+    for edge, value in zip(scores.graph.edges, scores.edges["logit-diff"][:, :, 0].T, strict=True):
         sums[edge.sender.name] += value
     for at, node in enumerate(scores.graph.senders):
         torch.testing.assert_close(sums[node.name], scores.nodes["logit-diff"][:, at], rtol=1e-8, atol=1e-10)
@@ -151,11 +152,39 @@ def test_the_edges_of_a_sender_sum_to_what_it_does_through_all_of_its_ways(model
 
 def test_positions_add_up_and_several_metrics_do_not_disturb_each_other(tiny):
     metrics = {"logit-diff": LogitDiff(), "prob": Prob(), "kl": KL()}
-    apart = edge_scores(tiny, PAIRS, metrics, "noising", each=True)
+    apart = edge_scores(tiny, PAIRS, metrics, "noising", positions="each")
     for name, metric in metrics.items():
         alone = edge_scores(tiny, PAIRS, {name: metric}, "noising")
-        torch.testing.assert_close(apart.edges[name].sum(-1), alone.edges[name], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(apart.edges[name].sum(-1), alone.edges[name][:, :, 0], rtol=1e-8, atol=1e-12)
     assert apart.edges["kl"].abs().max() < 1e-9  # the clean run is its minimum: the first term says nothing there
+
+
+def test_an_edge_score_by_position_is_the_slope_when_the_change_is_read_there_alone(tiny):
+    own = graph(tiny)
+    some = own.select(["a0.h2->a1.kv1.?", "a0.h2->a1.h1.q", "embed->m0.in"])[::-1]
+    apart = edge_scores(tiny, PAIRS, DIFF, positions="each", edges=some)
+    everything = edge_scores(tiny, PAIRS, DIFF, positions="each").edges["logit-diff"]
+    columns = [list(own.edges).index(edge) for edge in some]
+    assert torch.equal(apart.edges["logit-diff"], everything[:, columns])
+    assert [place.position for place in apart.places] == list(range(5))
+    group = prepare(tiny, PAIRS, "z")
+    z = [group.values[0][run][:1] for run in (0, 1)]
+    for slot, place in (("v", 2), ("k", 3)):
+        sender = tiny.head_outputs(0, z[0] - z[1])[0, :, 2] * (torch.arange(5) == place)[:, None]
+        expected = read_slope(tiny, PAIRS[0], sender, f"hook_{slot}_input", 1, 1)
+        column = [edge.name for edge in some].index(f"a0.h2->a1.kv1.{slot}")
+        assert float(apart.edges["logit-diff"][0, column, place]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_fix_for_keys_knows_at_which_position_an_edge_acts(monkeypatch):
+    model, (pair, k) = sharpened(monkeypatch, 20, 12), induction_pair(0, "A")
+    edges = graph(model).select(["a0.h0->a1.kv0.k", "a0.h0->a1.h1.q"])
+    fixed, plain = (
+        edge_scores(model, [pair], DIFF, method=m, positions="each", edges=edges).edges["logit-diff"][0]
+        for m in ("attribution-qk", "attribution")
+    )
+    assert float(fixed[1, k + 1]) == pytest.approx(9.85, rel=6e-3) and float(plain[1, k + 1]) > 100
+    assert float(fixed.abs().sum()) < 10.2
 
 
 def test_identical_prompts_score_nothing(tiny):
@@ -204,11 +233,71 @@ def test_a_saturated_softmax_misleads_and_the_fix_mends_keys(monkeypatch, sharpn
     )
     assert plain == pytest.approx(estimated, rel=5e-3) and fixed == pytest.approx(exact, rel=6e-3)
     edges = edge_scores(model, [pair], DIFF, method="attribution-qk")
-    values = dict(zip((edge.name for edge in edges.graph.edges), edges.edges["logit-diff"][0].tolist(), strict=True))
+    values = dict(
+        zip((edge.name for edge in edges.graph.edges), edges.edges["logit-diff"][0, :, 0].tolist(), strict=True)
+    )
     assert values["a0.h0->a1.kv0.k"] == pytest.approx(exact, rel=6e-3)
     assert abs(values["a0.h0->a1.kv0.v"]) < 0.02 and values["a0.h1->a1.kv0.k"] == 0
     still = node_scores(model, heads, DIFF, method="attribution-qk")["logit-diff"][0][0, 0, 0]
     assert still == head  # what the fix does not mend: a head whose way leads through the next layer's softmax
+
+
+class _Weighed:
+    """A metric that weighs one answer's logit against the other's, as a plugin may."""
+
+    differentiable = True
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, logits: torch.Tensor, answers: Any) -> torch.Tensor:
+        return logits[:, 5] - self.weight * logits[:, 9]
+
+
+def test_ways_that_cancel_are_found_by_dropping_one_block_at_a_time(tmp_path):
+    model = in_double(save_tiny(tmp_path, **{**SMALL, "num_hidden_layers": 3}))
+    group = prepare(model, PAIRS[:1], "z")
+
+    def cell(weight: float, method: str) -> float:
+        return float(node_scores(model, group, {"": _Weighed(weight)}, method=method)[""][0][0, 2, 0])
+
+    first, both = cell(0.0, "attribution"), cell(1.0, "attribution")
+    weight = first / (first - both)  # the answer's share of the gradient is cancelled by the other's
+    exact = sweep_layer(model, group, 0, "denoising", {"": _Weighed(weight)}, positions="all")[""][0, 2]
+    base = _Weighed(weight)(group.logits[1], None)[0]
+    assert cell(weight, "attribution") == pytest.approx(0, abs=1e-12 + 1e-9 * abs(first))
+    assert abs(float(exact - base)) > 1e-3 * abs(first) and abs(cell(weight, DROP)) > 1e-2 * abs(first)
+
+
+def test_dropping_a_block_is_the_gradient_of_a_model_in_which_it_is_fixed(tiny):
+    group = prepare(tiny, PAIRS, "z")
+    fixed = {}
+    for layer in range(2):
+        site = f"blocks.{layer}.hook_resid_post"
+        fixed[layer] = tiny.capture(torch.tensor([p.corrupted_ids for p in PAIRS]), [site])[site]
+    entering = "blocks.1.hook_resid_pre"
+    before = tiny.capture(torch.tensor([p.corrupted_ids for p in PAIRS]), [entering])[entering]
+    seen: dict[str, torch.Tensor] = {}
+
+    def start(value: torch.Tensor) -> torch.Tensor:
+        seen["z"] = torch.zeros_like(value, requires_grad=True)
+        return value + seen["z"]
+
+    def stream(value: torch.Tensor) -> torch.Tensor:
+        seen["stream"] = value
+        return value
+
+    around = Intervention("blocks.1.hook_resid_post", lambda value: fixed[1] + seen["stream"] - before)
+    edits = [Intervention("blocks.0.attn.hook_z", start), Intervention(entering, stream), around]
+    logits = tiny.run(torch.tensor([p.corrupted_ids for p in PAIRS]), edits, positions=torch.tensor([4, 4]))
+    (logits[:, 5] - logits[:, 9]).sum().backward()
+    change = group.values[0][0] - group.values[0][1]
+    wanted = (change * seen["z"].grad).sum((1, 3)).abs()
+    clean, corrupted = (some[:, 5] - some[:, 9] for some in group.logits)
+    found = node_scores(tiny, group, DIFF, method=DROP)["logit-diff"]
+    torch.testing.assert_close(found[0][:, :, 0], (clean - corrupted).sign()[:, None] * wanted)  # 2 blocks: 1 estimate
+    plain = node_scores(tiny, group, DIFF)["logit-diff"][1]
+    torch.testing.assert_close(found[1].abs(), plain.abs())  # what lies below the last block does not matter to it
 
 
 @pytest.mark.parametrize("site", ["q", "k"])
@@ -248,7 +337,7 @@ def test_integrated_gradients_add_up_the_better_the_more_steps(tiny, method):
         node = node_scores(tiny, group, DIFF, method=method, steps=steps)["logit-diff"][0].sum((1, 2))
         if edges is not None:
             of_embedding = [at for at, edge in enumerate(edges.graph.edges) if edge.sender.kind == "embed"]
-            torch.testing.assert_close(edges.edges["logit-diff"][:, of_embedding].sum(1), node)
+            torch.testing.assert_close(edges.edges["logit-diff"][:, of_embedding, 0].sum(1), node)
         off.append(float((node - (clean - corrupted)).abs().max()))
     assert off[2] < off[1] < off[0] and off[2] < 0.02 * off[0]
 
@@ -305,6 +394,11 @@ def test_answers_of_several_tokens_have_gradients_too(tiny):
     found = node_scores(tiny, group, DIFF, method="eap-ig", steps=24)["logit-diff"][0].sum()
     ends = [LogitDiff()(group.logits[run], group.end_answers(run)) for run in (0, 1)]
     assert float(found) == pytest.approx(float(ends[0] - ends[1]), rel=0.02)
+
+
+def test_sizes_without_a_direction_are_no_scores_of_edges(tiny):
+    with pytest.raises(UsageError, match="attribution-drop"):
+        edge_scores(tiny, PAIRS, DIFF, method=DROP)
 
 
 def test_a_metric_without_a_gradient_is_refused(tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from tiny_llama import save_tiny
 from greatctl.errors import InterruptedRun, UsageError
 from greatctl.events import Event, StopRequest
 from greatctl.patching.calibration import calibrate, to_verify
-from greatctl.stages import patch
+from greatctl.patching.units import Units
+from greatctl.stages import approximate, edge_cells, patch, sweeps
 from greatctl.store.tables import read_rows
 
 
@@ -101,6 +103,72 @@ def test_edges_are_named_estimated_and_run(tmp_path, folder, pairs):
     assert "->" in shown(found) and "->" in sentence and "exact" in blocks[2].headers
 
 
+def test_edges_are_estimated_and_run_at_each_position_by_itself(tmp_path, folder, pairs):
+    more = {"site": "edges", "edge": ["a0.*->a1.kv1.k", "embed->m1.in"], "direction": "denoising"}
+    exact = patch.run(context(tmp_path / "p"), config(folder, pairs, positions="each", **more))
+    guess = {"method": "attribution", "verify": 5, **more}
+    apart = patch.run(context(tmp_path / "p"), config(folder, pairs, positions="each", **guess))
+    whole = patch.run(context(tmp_path / "p"), config(folder, pairs, **guess))
+    assert exact.artifact and apart.artifact and whole.artifact and "each" in apart.artifact.name
+
+    tables = [read_rows(one.artifact / "effects.parquet") for one in (exact, apart, whole)]  # type: ignore[operator]
+    truth, each = ({(r["pair"], r["edge"], r["position"]): r for r in rows} for rows in tables[:2])
+    assert each.keys() == truth.keys() and len(each) == 3 * 5 * 7
+    run = [key for key, row in each.items() if row["exact"] is not None]
+    assert run and all(each[key]["exact"] == pytest.approx(truth[key]["effect"], abs=1e-5) for key in run)
+    for row in tables[2]:
+        some = [r["approximate"] for key, r in each.items() if key[:2] == (row["pair"], row["edge"])]
+        assert sum(some) == pytest.approx(row["approximate"], abs=1e-6) and row["span"] == "all"
+
+    cells = read_rows(apart.artifact / "cells.parquet")
+    assert len(cells) == 5 * 7 and sum(row["exact"] is not None for row in cells) == 10
+    found = apart.summary["calibration"]["logit-diff"]["denoising"]
+    assert (found["n_top"], found["n_random"], apart.summary["n_positions"]) == (5, 5, 7)
+    assert "each position" in shown(apart) and " at -" in shown(apart)
+    blocks, sentence = reported(apart)
+    assert "position" in sentence and any("position" in str(row[0]) for row in blocks[2].rows)
+
+
+def test_edges_are_estimated_at_marked_spans(tmp_path, folder):
+    pairs = write_pairs(tmp_path / "spans.toml", *EQUAL[:2])
+    first, second = pairs.read_text().rsplit("[[pair]]", 1)
+    pairs.write_text(f'{first}spans = {{ s = ["34", "54"] }}\n[[pair]]{second}')
+    more = {"site": "edges", "edge": ["embed->a0.kv0.v"], "positions": "spans"}
+    result = patch.run(context(tmp_path / "p"), config(folder, pairs, method="attribution-qk", **more))
+    assert result.artifact
+    rows = read_rows(result.artifact / "effects.parquet")
+    assert {row["span"] for row in rows} == {"s"} and {row["pair"] for row in rows} == {"a"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"site": "edges", "method": "attribution", "positions": "each"},
+        {"site": "edges", "method": "eap-ig"},
+        {"site": "mlp_post"},
+    ],
+)
+def test_a_choice_stands_after_an_interruption_whatever_would_be_chosen_now(tmp_path, folder, pairs, more, monkeypatch):
+    settings = {**more, "top": 4, "verify": 2, "steps": 1, "direction": "denoising"}
+    whole = patch.run(context(tmp_path / "whole"), config(folder, pairs, **settings))
+    kept, done = Units.kept, []
+
+    def killed(units: Units, name: str, make: Callable) -> dict:
+        done.append(kept(units, name, make))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Units, "kept", killed)
+    with pytest.raises(KeyboardInterrupt):
+        patch.run(context(tmp_path / "cut"), config(folder, pairs, **settings))
+    monkeypatch.setattr(Units, "kept", kept)
+    for module, name in ((edge_cells, "drawn"), (approximate, "drawn"), (sweeps, "promising_neurons")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the choice was made again"))
+    resumed = patch.run(context(tmp_path / "cut"), config(folder, pairs, **settings))
+    assert done and whole.artifact and resumed.artifact and whole.summary["chosen"] == resumed.summary["chosen"]
+    for name in ("effects.parquet", "cells.parquet"):
+        assert (whole.artifact / name).read_bytes() == (resumed.artifact / name).read_bytes()
+
+
 @pytest.mark.parametrize("method", ["attribution", "eap-ig-activations"])
 def test_neurons_are_chosen_by_their_estimates_and_others_at_random(tmp_path, folder, pairs, method):
     settings = {"site": "mlp_post", "method": method, "steps": 1, "top": 5, "verify": 3, "direction": "denoising"}
@@ -143,7 +211,8 @@ def test_a_metric_that_is_at_its_minimum_says_that_its_slope_is_nothing(tmp_path
         ({"edge": ["embed->m0.in"]}, "--edge"),
         ({"method": "eap-ig", "corruption": "zero"}, "--corruption"),
         ({"method": "attribution", "layer_window": 2}, "--layer-window"),
-        ({"method": "attribution", "site": "edges", "positions": "each"}, "--positions"),
+        ({"method": "attribution-drop", "site": "edges"}, "attribution-drop"),
+        ({"method": "attribution-drop", "circuit": True}, "attribution-drop"),
         ({"site": "edges", "edge": ["a7.h0->m1.in"]}, "a7"),
     ],
 )

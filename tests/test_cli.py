@@ -58,7 +58,7 @@ def test_each_help_page_has_examples_that_name_real_options(greatctl: Greatctl, 
 
 def test_usage_error_is_one_document_and_exit_2(greatctl: Greatctl, tmp_path: Path) -> None:
     out = greatctl("trian", "--json", cwd=tmp_path)
-    assert out.code == 2 and out.error["code"] == "usage" and "train" in out.error["message"]
+    assert out.code == 2 and out.error["code"] == "usage" and "train" in out.error["fix"]
     out = greatctl("train", "--kk", "3", "--json", cwd=tmp_path)
     assert out.code == 2 and "--k" in json.dumps(out.error)
 

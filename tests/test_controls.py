@@ -159,6 +159,17 @@ def test_a_kill_between_companions_costs_only_the_one_that_was_being_trained(
     assert again == files
 
 
+def test_a_damaged_companion_is_trained_again_and_the_others_are_kept(
+    trained: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = trained.results / "controls" / "mine" / "seed-1" / "sae_weights.safetensors"
+    whole, real, made = weights.read_bytes(), produced.produce, []
+    weights.write_bytes(whole[:-4] + b"oops")
+    monkeypatch.setattr(produced, "produce", lambda place, *a, **k: (made.append(place.name), real(place, *a, **k))[1])
+    train.run(ctx_of(trained), train.Config(**QUICK, controls=True))  # type: ignore[arg-type]
+    assert made == ["seed-1"] and weights.read_bytes() == whole
+
+
 def test_the_report_shows_them_side_by_side_and_names_them_as_missing_otherwise(trained: Project) -> None:
     sae = load(trained.saes / "mine")
     beside = sae_section.section(sae, controls.controls_of(trained, sae), [sae])

@@ -14,7 +14,7 @@ from greatctl.features import probes
 from greatctl.features.baselines import BASELINES, Material, baselines, beats, margin
 from greatctl.features.concepts import concepts_named
 from greatctl.features.gate import CHECKS, Candidate, check, claim, settle
-from greatctl.features.hypotheses import Known, assemble, weigh_concept
+from greatctl.features.hypotheses import Known, _parts, assemble, weigh_concept
 from greatctl.features.probes import column, strongest, training
 from greatctl.features.style import character_ngrams, function_words
 from greatctl.features.units import gather
@@ -128,7 +128,8 @@ def evidence(effect: float = 3.0, known: Known | None = None, **more):
     return assemble(weighed, baselines(weighed.cells, weighed.rows, part, n_candidates=8), known or Known())
 
 
-MOVES = {"effect": 1.0, "placebo": 0.2, "p_value": 0.01, "dose": 1.0, "damage_kl": 0.1}
+COMPLEMENT = {"complement": 0.3, "complement_placebo": 0.1, "complement_p": 0.04, "complement_gap": 2.0, "n_pairs": 8.0}
+MOVES = {"effect": 1.0, "placebo": 0.2, "p_value": 0.01, "dose": 1.0, "damage_kl": 0.1, **COMPLEMENT}
 FULL = Known(
     cosines={0: [0.8, 0.9]},
     on_words={0: 0.1},
@@ -173,6 +174,59 @@ def test_a_latent_of_names_and_words_is_a_topic_and_a_still_one_has_no_causal_ef
     row = next(r for r in still.rows if r["latent"] == 0)
     assert row["verdict"] == "no-causal-effect" and row["causal_effect"] == 0.1
     assert next(c for c in still.checks[0] if c.name == "causal").state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("changed", "state", "said"),
+    [
+        ({}, "passed", "30.0% of the difference of 8 pairs is left (p 0.04, random directions up to 10.0%)"),
+        ({"complement": 0.1}, "failed", "10.0% of the difference"),
+        ({"complement": -0.3}, "failed", "-30.0% of the difference"),
+        ({"complement_p": 0.2}, "failed", "p 0.2"),
+        ({"complement_placebo": float("nan")}, "passed", "(p 0.04)"),
+        ({"complement": float("nan"), "complement_gap": -0.5}, "missing", "does not tell the pairs' prompts apart"),
+        ({"complement": float("nan")}, "missing", "was not patched"),
+        ({"effect": 0.1}, "failed", "30.0% of the difference"),
+        ({"effect": 0.1, "complement_gap": 0.0}, "failed", "does not tell"),
+    ],
+)
+def test_a_push_counts_where_the_latent_also_carries_some_of_the_models_own_difference(
+    changed: dict, state: str, said: str
+) -> None:
+    row = {"verdict": "supported", "reason": "x", "effect": 1.0, "q_value": 0.01}
+    found = check(Candidate(row=row, causal={**MOVES, **changed}))[10]
+    assert found.state == state and said in found.reason, found
+    assert found.value == {**MOVES, **changed}["effect"]
+
+
+def test_sensitivity_names_kept_apart_works_beside_held_out_authors_and_what_was_not_tried() -> None:
+    found = evidence(known=FULL)
+    apart = found.weighed.cells.work_heldout
+    assert apart.any()
+    row = next(c for c in found.checks[0] if c.name == "sensitivity")
+    assert "of the held-out characters and" in row.reason and "works that were kept apart are found" in row.reason
+    assert row.state == "missing" and "no text was written" in row.reason and row.value == found.rows[0]["recall"]
+
+
+def test_stretches_bring_authors_to_equal_amounts_of_text() -> None:
+    (concept,) = concepts_named(["greatness"])
+    x = latents(0.0, 6)
+    tokens = np.full((len(ROWS), 4), 100)
+    tokens[ROLE > 0, 1:] = 0  # characters are short
+    totals = 100.0 * np.repeat(x[:, None], 4, axis=1).astype(np.float32)
+    parts = _parts(tokens, totals, [3, 5, 8], [0, 2, 5])
+    assert parts.values.shape == (int((tokens[[3, 5, 8]] > 0).sum()), 3)
+    assert np.allclose(parts.values, x[[3, 5, 8]][parts.of][:, [0, 2, 5]], atol=1e-5) and set(parts.amount) == {100.0}
+    x[:, 0] += 1.2 * SD * ROLE
+    documents = [{**row, "source_id": row["work"]} for row in ROWS]
+    rows = [
+        weigh_concept(concept, x, documents, "author", range(6), n_candidates=2, stretches=of).judgement.rows
+        for of in (None, (tokens, 100.0 * np.repeat(x[:, None], 4, axis=1)))
+    ]
+    assert all(
+        one["effect"] == other["effect"] and one["verdict"] == other["verdict"]
+        for one, other in zip(*rows, strict=True)
+    ), "stretches that are all alike take nothing away"
 
 
 def test_wording_follows_the_checks() -> None:

@@ -19,7 +19,7 @@ from greatctl.features.neighbours import neighbours
 from greatctl.features.sample import DECILES, Sampler
 from greatctl.features.shares import mean_interval, position_share, token_share
 from greatctl.features.tables import Directions, FeatureTables, scan, scan_means
-from greatctl.stages.feature_pass import PASS, control_means, feature_pass
+from greatctl.stages.feature_pass import PASS, _Saved, control_means, feature_pass
 from greatctl.store.shards import ShardWriter
 
 WINDOW, D, L, WINDOWS, DOCUMENTS = 40, 8, 24, 30, 3
@@ -308,6 +308,23 @@ def test_what_was_read_before_a_stop_is_not_read_again(tmp_path: Path, monkeypat
     before = numbers.copy()
     world.read(tmp_path / "work")
     assert before[0] == 0 and numbers[len(before) :] == list(range(before[-1], 5))
+
+
+def test_where_saving_takes_long_it_is_done_more_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = [0.0], []
+
+    def slow(path: Path, data: bytes) -> None:
+        written.append(now[0])
+        now[0] += 2.0
+
+    monkeypatch.setattr("greatctl.stages.feature_pass.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("greatctl.store.files.write_bytes", slow)
+    sums: Any = SimpleNamespace(state=lambda: {"total": torch.zeros(2)})
+    saved = _Saved(tmp_path / "sums", None, None, 20.0)  # type: ignore[arg-type]
+    for second in (10.0, 21.0, 50.0, 90.0):
+        now[0] = second
+        saved.keep(sums)
+    assert written == [21.0, 90.0], "60 s after the end of one that took 2"
 
 
 def test_saved_sums_that_are_damaged_are_not_believed(tmp_path: Path) -> None:

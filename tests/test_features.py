@@ -355,7 +355,8 @@ class Head:
 
     def resume(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
         assert layer == self.n_layers
-        return residual / residual.square().mean(-1, keepdim=True).sqrt() * self.gain @ self.W_U
+        size = (residual.square().mean(-1, keepdim=True) + 1e-3).sqrt()  # the epsilon must not count
+        return residual / size * self.gain @ self.W_U
 
 
 def test_logits_are_the_direction_through_gain_and_unembedding(monkeypatch: pytest.MonkeyPatch) -> None:

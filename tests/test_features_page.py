@@ -156,7 +156,9 @@ def test_a_card_of_the_report_has_the_deciles_and_the_near_misses(folder: Path, 
         "missing": ["difference of means"],
     }
     write_table(tmp_path / "hypotheses.parquet", pa.Table.from_pylist([judged]))
-    _, card = cards(cast(Any, SimpleNamespace(path=tmp_path, summary={"n_alive": L}, fingerprint="0" * 64)), None, [3])
+    (card,) = cards(
+        cast(Any, SimpleNamespace(path=tmp_path, summary={"n_alive": L}, fingerprint="0" * 64)), None, [3], {}
+    )
     assert isinstance(card, Latent) and len(card.examples) == 3
     (deciles, across), (near, silent) = card.more
     assert "each tenth" in deciles and len(across) > 5 and "Near misses" in near and len(silent) == 3

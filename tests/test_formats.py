@@ -323,6 +323,17 @@ def test_an_architecture_that_the_other_program_has_not_is_refused_with_what_it_
         assert all(other in caught.value.why for other in has) and "--export saelens" in caught.value.fix
 
 
+def test_a_plugin_s_architecture_is_exported_as_a_state_dict_alone(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "topk")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**cfg, "architecture": "soft"}))
+    for form in ("saelens", "sparsify", "dictionary_learning"):
+        with pytest.raises(UsageError, match=f"soft cannot be exported to {form}") as caught:
+            export(folder, form)
+        assert "--export pth" in caught.value.fix
+    assert export(folder, "pth").is_file()
+
+
 def test_a_transcoder_of_two_widths_has_no_place_in_sparsify(tmp_path: Path) -> None:
     save(tmp_path, coder_of("transcoder"), 1.0, BOTH)
     with pytest.raises(UsageError, match="no place in sparsify") as caught:

@@ -72,3 +72,15 @@ def test_a_log_line_names_the_member_of_a_sweep_and_a_curve_stays_with_its_train
     assert ", loss of topk-32 " in curve.words()
     curve.reset()
     assert curve.words() == ""
+
+
+def test_a_second_training_under_the_same_name_has_a_clock_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Display(quiet=False) as display:
+        for seconds, done in ((0, 1), (9_000, 100), (9_001, 1), (9_101, 11)):
+            now[0] = seconds
+            display(Event("progress", "train", "train", {"done": done, "total": 100, "unit": "steps", "already": 0}))
+    assert capsys.readouterr().err.splitlines()[-1] == "train: 11 of 100 steps, 0.11 steps/s, 13 min left"

@@ -73,7 +73,8 @@ def test_a_share_counts_the_tokens_of_its_tenth() -> None:
 
 def test_only_what_a_labeler_said_is_an_explanation(folder: Path, tmp_path: Path) -> None:
     row = {"latent": 3, "name": "kings", "description": "words about kings", "source": "labeler", "labeler": "m"}
-    scores = {"detection": 0.9, "detection_shuffled": 0.5, "n_detection": 20, "fuzzing": None}
+    scores = {"detection": 0.9, "detection_low": 0.7, "detection_high": 1.0, "detection_shuffled": 0.5}
+    scores |= {"n_detection": 20, "fuzzing": None}
     labels = {3: {**row, **scores}, 4: {**row, "latent": 4, "source": "fallback"}}
     write_neuronpedia(folder, tmp_path, ORIGIN, labels)
     (line,) = (tmp_path / "explanations.jsonl").read_text().splitlines()
@@ -82,8 +83,19 @@ def test_only_what_a_labeler_said_is_an_explanation(folder: Path, tmp_path: Path
         "layer": "3-topk-64",
         "index": "3",
         "description": "kings: words about kings",
+        "typeName": "greatctl_passages",
         "explanationModelName": "m",
-        "scores": [{"scorer": "detection", "value": 0.9, "shuffled": 0.5, "n": 20}],
+        "scores": [
+            {
+                "explanationScoreTypeName": "greatctl_detection",
+                "explanationScoreModelName": "m",
+                "value": 0.9,
+                "low": 0.7,
+                "high": 1.0,
+                "shuffled": 0.5,
+                "n": 20,
+            }
+        ],
     }
 
 
@@ -92,3 +104,69 @@ def test_an_sae_without_logits_is_exported_too(folder: Path, tmp_path: Path) -> 
         write_table(tmp_path / f"{name}.parquet", pa.Table.from_pylist(read_rows(folder / f"{name}.parquet")))
     write_neuronpedia(tmp_path, tmp_path / "out", ORIGIN, {})
     assert all(f["pos_str"] == [] == f["neg_values"] for b in batches(tmp_path / "out") for f in b["features"])
+
+
+# what Neuronpedia's converter takes out of a batch by name, without asking whether it is there
+BATCH_KEYS = {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
+FEATURE_KEYS = {
+    "feature_index", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
+    "correlated_neurons_indices", "correlated_neurons_pearson", "correlated_neurons_l1", "correlated_features_indices",
+    "correlated_features_pearson", "correlated_features_l1", "neg_str", "neg_values", "pos_str", "pos_values",
+    "frac_nonzero", "freq_hist_data_bar_heights", "freq_hist_data_bar_values", "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values", "decoder_weights_dist", "activations", "n_prompts_total", "n_tokens_in_prompt",
+    "dataset",
+}  # fmt: skip
+ACTIVATION_KEYS = {"bin_min", "bin_max", "bin_contains", "tokens", "values", "qualifying_token_index"}
+
+
+def test_every_field_that_a_converter_wants_is_there(folder: Path, tmp_path: Path) -> None:
+    write_neuronpedia(folder, tmp_path / "out", ORIGIN, {})
+    for batch in batches(tmp_path / "out"):
+        assert set(batch) == BATCH_KEYS
+        for feature in batch["features"]:
+            assert set(feature) == FEATURE_KEYS and feature["activations"]
+            assert len(feature["pos_str"]) == len(feature["pos_values"])
+            for activation in feature["activations"]:
+                assert set(activation) == ACTIVATION_KEYS and max(activation["values"]) > 0
+                assert (
+                    len(activation["tokens"]) == len(activation["values"]) > activation["qualifying_token_index"] >= 0
+                )
+
+
+def test_numbers_that_are_not_finite_are_null_and_hostile_tokens_come_back_as_they_were(
+    folder: Path, tmp_path: Path
+) -> None:
+    hostile = '</script>\x1b]0;x\x07\u202e\u2028"\\'
+    for name in ("latents", "examples"):
+        rows = read_rows(folder / f"{name}.parquet")
+        for row in rows:
+            if name == "latents":
+                row |= {"top_logits": [float("nan"), float("inf")], "top_logit_tokens": [hostile, "b"]}
+            else:
+                row["pieces"] = [hostile] * len(row["pieces"])
+        write_table(tmp_path / f"{name}.parquet", pa.Table.from_pylist(rows))
+    write_neuronpedia(tmp_path, tmp_path / "out", ORIGIN, {})
+    for path in (tmp_path / "out").glob("batch-*.json"):
+        (line,) = path.read_text().split("\n")[:-1]
+        batch = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        for feature in batch["features"]:
+            assert feature["pos_values"] == [None, None] and feature["pos_str"] == [hostile, "b"]
+            assert all(token == hostile for row in feature["activations"] for token in row["tokens"])
+
+
+def test_an_export_that_is_broken_off_leaves_the_one_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("greatctl.features.neuronpedia.BATCH", 3)
+    out = tmp_path / "out"
+    write_neuronpedia(folder, out, ORIGIN, {})
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_neuronpedia(folder, out, Origin("other", 1, "x", 1, 1, "y"), {}, stop)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    write_neuronpedia(folder, out, ORIGIN, {})
+    assert {path.name for path in out.iterdir()} == set(before)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import greatctl as g
-from greatctl.errors import InputError, UsageError
-from greatctl.events import Event
+from greatctl.errors import InputError, InterruptedRun, UsageError
+from greatctl.events import Event, Run
+from greatctl.notebook import spoken
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
@@ -71,12 +74,64 @@ def test_what_is_not_there_is_said_with_what_is(demo: Path, tmp_path: Path) -> N
         g.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no tables of interpret yet"):
         g.open(tmp_path).features()
+    with pytest.raises(InputError, match="no tables of tokenise yet") as meant:
+        p.tables("tokenise")
+    assert "tokenize" in meant.value.fix
+
+
+def test_a_traceback_in_a_notebook_shows_why_and_fix(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        g.open(tmp_path / "nowhere")
+    shown = "".join(traceback.format_exception(error.value))
+    assert "why: a project is one" in shown and "fix: give the folder" in shown
+
+
+def test_the_tables_of_any_artifact_open_by_stage_and_name(demo: Path) -> None:
+    p = g.open(demo)
+    assert p.tables("tokenize").documents.num_rows == 30
+    (name,) = p.saes
+    assert "metrics" in p.tables("train", name).names
+    assert p.tables("interpret").path == p.features().path
 
 
 def test_a_stage_speaks_to_whom_it_is_told_to(demo: Path) -> None:
     said: list[Event] = []
     result = g.open(demo).run("interpret", emit=said.append, offline=True)
     assert result.up_to_date and any("up to date" in event.message for event in said)
+
+
+def test_progress_in_a_notebook_is_a_line_now_and_then_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("greatctl.notebook.time.monotonic", lambda: now[0])
+    said: list[str] = []
+    run = Run("train", spoken(said.append))
+    run.notice("begins")
+    for done in range(0, 1001, 10):
+        run.progress("steps", done, 1000, "steps")
+        run.metric(done, loss=1.0)
+        now[0] += 0.25
+    assert said == [
+        "begins",
+        "train: steps: 400 of 1,000 steps, 15 s left",
+        "train: steps: 800 of 1,000 steps, 5 s left",
+    ]
+
+
+def test_an_interrupt_stops_at_a_safe_point_and_observers_hear_of_the_run(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, heard = g.open(demo), list[str]()
+    monkeypatch.setattr(p.plugins, "observe", lambda event: heard.append(event.message))
+
+    def interrupted(event: Event) -> None:
+        if event.kind == "progress" and not any("safe point" in message for message in heard):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(InterruptedRun):
+        p.run("train", arch="topk", k=4, d_sae=64, steps=500, ce_windows=0, emit=interrupted, offline=True)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert any("safe point" in message for message in heard)
 
 
 def rows_pyarrow(path: Path) -> int:
@@ -104,6 +159,15 @@ def test_every_table_of_a_project_opens(demo: Path, read: Callable[[Path], int])
         rows
     )
     assert rows["documents.parquet"] == 30 and rows["latents.parquet"] == 2048
+
+
+def test_no_column_is_of_a_kind_that_only_arrow_knows(demo: Path) -> None:
+    parquet = importlib.import_module("pyarrow.parquet")
+    plain = {"int32", "int64", "float", "double", "bool", "string", "null"}
+    allowed = plain | {f"list<element: {kind}>" for kind in plain}
+    for path in demo.rglob("*.parquet"):
+        odd = {field.name: str(field.type) for field in parquet.read_schema(path) if str(field.type) not in allowed}
+        assert not odd, path.name
 
 
 def test_the_names_are_lazy_and_a_star_import_hides_nothing() -> None:

@@ -13,6 +13,8 @@ import pytest
 from greatctl.report.charts import heat_map, lines
 from greatctl.report.markdown import markdown
 from greatctl.report.page import cell, render
+from greatctl.report.sections import of_plugins
+from greatctl.report.values import dumps
 from greatctl.report.view import (
     Curve,
     Example,
@@ -21,11 +23,13 @@ from greatctl.report.view import (
     Gate,
     Hypothesis,
     Index,
+    Label,
     Latent,
     Origin,
     Prose,
     Record,
     Rival,
+    Score,
     Section,
     Share,
     Table,
@@ -50,15 +54,19 @@ HOSTILE = [
 def _view(words: str) -> View:
     origin = Origin("f" * 64, words)
     passage = Example([words, "b"], [1.0, 0.0], 2.5, words)
+    label = Label(words, words, words, [Score("detection", 0.7, 0.6, 0.8, 0.5, 20)], 8, words, True, words, origin)
+    facets = [Facet(words, words, [Share(words, words, 1.0, 0.5, 1.5, words)])]
+    curves = Curve(words, [0.1, None], words), [Curve(words, [0.5, 1.0], words)]
     latent = Latent(7, words, [(words, words)], words, [(words, words), ("x", float("nan"))], [words], [words], [passage],
-                    [Facet(words, words, [Share(words, words, 1.0, 0.5, 1.5, words)])], Curve(words, [0.1, None], words),
-                    [Curve(words, [0.5, 1.0], words)], [(words, [passage])], [(words, [(3, 0.5)])], True, origin)  # fmt: skip
-    hypothesis = Hypothesis(words, 7, words, words, words, words, [(words, 1.0)], 0.7, 0.5, 0.9, [Rival(words, 0.9, words)],
-                            [Gate(1, words, words, words)], [[words, 1.0, None, 0.1, 0.2, 0.3]], origin=origin)  # fmt: skip
+                    facets, *curves, [(words, [passage])], [(words, [(3, 0.5)])], label, True, origin)  # fmt: skip
+    hypothesis = Hypothesis(words, 7, words, words, words, words, words, [(words, 1.0)], 0.7, 0.5, 0.9,
+                            [Rival(words, 0.9, words)], [Gate(1, words, words, words)],
+                            [[words, 1.0, None, 0.1, 0.2, 0.3]], label, origin=origin)  # fmt: skip
     pages = [{"p": [[[words], "9", 1.0, 0]], "u": [[0, 1.0]]}]
-    index = Index({"latent": [7], "density": [0.1], "max": [float("nan")], "tokens": [[words]], "up": [[words]],
-                   "down": [[words]], "label": [words]}, {words: {"verdict": [words], "effect": [1.0]}},
-                  pages, [[words, words]], [words], 1, 1, words, origin)  # fmt: skip
+    columns = {"latent": [7], "density": [0.1], "max": [float("nan")], "tokens": [[words]], "up": [[words]],
+               "down": [[words]], "label": [words], "detection": [[0.7, 0.5]]}  # fmt: skip
+    index = Index(columns, {words: {"verdict": [words], "effect": [1.0]}}, pages, [[words, words]], [words], 1, 1, words,
+                  {7: label}, origin)  # fmt: skip
     record = Record(
         words, words, "f" * 64, [(words, words)], [(words, words, words)], [(words, words)], [(words, 1, words)]
     )
@@ -72,8 +80,19 @@ def _view(words: str) -> View:
         latent,
         index,
         record,
+        *of_plugins([{"title": words, "blocks": [_plugin_chart("bars", words), _plugin_chart("heat", words)]}])[
+            0
+        ].blocks,
     ]
     return View(words, words, [Finding(words, "a", origin)], [Section("a", words, blocks)])
+
+
+def _plugin_chart(draw: str, words: str) -> dict[str, object]:
+    axis = {"name": words, "unit": words}
+    chart = {"kind": "chart", "draw": draw, "title": words, "words": words, "x": axis, "y": axis}
+    if draw == "heat":
+        return {**chart, "value": axis, "cells": [[words, words, 1.5], [words, "b", None]]}
+    return {**chart, "series": {words: [[words, 1.5], ["b", None]]}}
 
 
 class _Seen(HTMLParser):
@@ -184,3 +203,29 @@ def test_markdown_makes_no_link_list_or_heading_of_foreign_text() -> None:
     assert [line.strip() for line in text] == [
         "http:\\//a.example", "www\\.a.example", "\\# head", "\\- item", "1\\. item", "\\[a\\](b)", "a\\|b", "\\*b\\*",
     ]  # fmt: skip
+
+
+ACTING = "a\x1b]8;;file:///x\x07b\u202egnp.exe\x9b31m"
+
+
+def test_characters_that_act_are_written_out_in_the_page_and_kept_harmless_in_the_data() -> None:
+    view = _view(ACTING)
+    for text in (render(view), markdown(view), dumps(view.to_json())):
+        body = text.split('<script type="text/plain" id="plotly">')[0]  # what plotly says is its own
+        assert not any(character in body for character in "\x1b\x07\x9b\u202e")
+    assert "a\\x1b]8;;file:///x\\x07b\\u202egnp.exe\\x9b31m" in render(view)
+    assert json.loads(dumps(view.to_json()))["title"] == ACTING
+
+
+def test_a_chart_of_a_plugin_is_drawn_and_its_numbers_stand_in_text_and_data() -> None:
+    heat = {**_plugin_chart("heat", "w"), "cells": [[-1, 0, 0.5], [-1, 1, -2.0], [0, 1, None]]}
+    bars = {**_plugin_chart("bars", "w"), "series": {"one": [["1984", 3], ["<b>", None]], "two": [["1984", 4]]}}
+    (section,) = of_plugins([{"title": "T", "blocks": [bars, heat], "plugin": "p"}])
+    drawn, map_, _ = section.blocks
+    assert drawn.layout["xaxis"]["type"] == "category" and drawn.layout["showlegend"]  # type: ignore[union-attr,index]
+    assert [trace["x"] for trace in drawn.data] == [["1984", "&lt;b>"], ["1984"]]  # type: ignore[union-attr]
+    assert map_.data[0]["z"] == [[0.5, None], [-2.0, None]] and map_.data[0]["zmax"] == 2.0  # type: ignore[union-attr]
+    view = View("t", "s", [], [section])
+    text = markdown(view)
+    assert "| one | 1984 | 3 |" in text and "| -1 | 1 | -2 |" in text and "| 0 | 1 | not available |" in text
+    assert view.to_json()["sections"][0]["blocks"][1]["numbers"]["rows"][1] == [-1, 1, -2.0]

@@ -225,6 +225,7 @@ def test_settings_that_would_misread_the_weights_are_refused_by_name(tmp_path: P
     [
         ("topk", {"d_sae": 41}, "W_enc is"),
         ("topk", {"k": None}, "k None"),
+        ("topk", {"metadata": ["6.1.0"]}, "metadata is no object"),
         ("topk", {"k": 41}, "above d_sae"),
         ("topk", {"d_in": None}, "missing: d_in"),
         ("topk", {"dtype": None}, "missing: dtype"),

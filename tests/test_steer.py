@@ -26,6 +26,7 @@ from greatctl.sae.topk import TopK, TopKConfig
 from greatctl.stages import steer
 from greatctl.stages.branches import Branch
 from greatctl.stages.context import Context, Project
+from greatctl.stages.steered import Steered, Way
 
 HOOK = "blocks.1.hook_resid_post"
 PROMPT = "The ship’s carpenter rose"
@@ -223,6 +224,45 @@ def test_the_price_grows_with_the_strength_and_is_nothing_at_0(
     assert found == sorted(found) and found[0][0] < found[1][0] < found[2][0]
 
 
+@pytest.mark.parametrize("settings", [{"strength": -2.0}, {"clamp": 3.0}, {"clamp": 0.0}])
+def test_the_activation_that_a_steered_run_goes_on_from_is_the_one_by_hand(
+    folder: Path, llama: FrozenModel, project: Project, settings: dict
+) -> None:
+    """And the random direction moves every place exactly as far."""
+    latent, sae, ids = _firing(folder, llama), load(folder / "sae"), _ids(llama)
+    config = steer.Config(latent=latent, sae=str(folder / "sae"), prompt=[PROMPT], tokens=1, seed=7, **settings)
+    job, neutral = steer._prepare(context(project, "steer"), config), Branch(llama, HOOK, ids)
+    peak = float(next(neutral.acts(sae))[:, latent].max())
+    ways = {way.kind: way for way in steer._ways(config, job, sae, peak, None, neutral)}
+    steered = Steered(llama, HOOK, [])
+
+    def reached(way: Way) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        assert way.steering is not None
+        look = Intervention(HOOK, lambda value: (seen.append(value.clone()), value)[1])
+        llama.run(ids, [*steered._steer(way.steering)(ids), look])
+        return seen[0][0]
+
+    x = llama.capture(ids, [HOOK])[HOOK][0]
+    acts = sae.encode(x)
+    changed = acts.clone()
+    changed[:, latent] = acts[:, latent] - 2.0 * peak if "strength" in settings else settings["clamp"]
+    by_hand = x + sae.decode(changed) - sae.decode(acts)
+    by_hand[0] = x[0]  # the BOS token is left alone
+    assert torch.allclose(reached(ways["latent"]), by_hand, atol=1e-5)
+    assert not torch.equal(by_hand, x)
+    lengths = [(reached(ways[kind]) - x).norm(dim=1) for kind in ("latent", "random")]
+    assert torch.allclose(*lengths, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_pushed_out_of_all_numbers_writes_nothing(folder: Path, project: Project) -> None:
+    half = model.load(folder / "model", name="tiny", device="cpu", dtype="float16")
+    steered, ids = Steered(half, HOOK, []), _ids(half)[0].tolist()
+    too_far = Way("latent", Steering(random_directions(1, 32, 0)[0], 1e7), 1e6)
+    none, lost = steered.texts(ids, [Way("none"), too_far], 3, 1.0, 0)
+    assert (lost["text"], lost["kl"]) == ("", None) and none["text"]
+
+
 def test_ablating_changes_nothing_where_the_latent_is_silent(folder: Path, project: Project) -> None:
     sae, tiny = load(folder / "sae"), model.load(folder / "model", name="tiny", device="cpu")
     branch = Branch(tiny, HOOK, _ids(tiny))
@@ -248,6 +288,7 @@ def test_hostile_text_is_shown_and_never_obeyed(folder: Path, llama: FrozenModel
     [
         ({"latent": None}, {}, UsageError, "no latent"),
         ({"latent": 64}, {}, ManifestError, "out of range"),
+        ({"latent": -1}, {}, ManifestError, "out of range"),
         ({"latent": 1, "prompt": ["  "]}, {}, UsageError, "empty"),
         ({"latent": 1, "clamp": 0.0, "strength": 1.0}, {"strength": "flag --strength"}, UsageError, "exclude"),
         ({"latent": 1, "against": ["none", "random"]}, {}, UsageError, "excludes"),
@@ -286,6 +327,15 @@ def test_a_latent_that_never_fires_can_be_held_but_not_multiplied(folder: Path, 
     assert "--clamp" in caught.value.fix
     held = _run(project, tmp_path, 5, prompt=[PROMPT], tokens=2, clamp=8.0, against=["none"]).summary
     assert held["form"] == "clamp" and held["texts"][1]["kl"] > 0
+
+
+def test_one_latent_is_steered_and_a_second_is_never_dropped_in_silence() -> None:
+    assert steer.Config.model_validate({"latent": [5]}).latent == 5
+    with pytest.raises(ValueError, match="one latent"):
+        steer.Config.model_validate({"latent": [5, 6]})
+    for wrong in ({"strength": 1e300}, {"strength": -1e7}, {"clamp": 1e300}, {"clamp": -1.0}, {"tokens": 0}):
+        with pytest.raises(ValueError):
+            steer.Config.model_validate(wrong)
 
 
 def test_every_flag_is_a_setting() -> None:

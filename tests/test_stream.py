@@ -80,7 +80,16 @@ def test_the_buffer_is_never_larger_than_it_was_told() -> None:
     stream = rows.stream(7, 64, Cursor())
     for _ in range(rows.steps(7, 64, 1)):
         next(stream)
-        assert sum(share.window.numel() for shares in rows._shares.values() for share in shares[1:]) <= 600 + 15
+        waiting = sum(share.window.numel() for shares in rows._shares.values() for share in shares.values())
+        assert waiting <= 300 + 2 * 15  # the other half is what is being served
+
+
+def test_two_shuffles_of_one_stream_do_not_mix() -> None:
+    rows, alone = rows_of(Model(), 600), rows_of(Model(), 600)
+    next(rows.stream(7, 64, Cursor()))
+    assert torch.equal(next(rows.stream(8, 64, Cursor()))[1], next(alone.stream(8, 64, Cursor()))[1])
+    again = rows.stream(8, 64, Cursor(0, 2, 0))
+    assert torch.equal(next(again)[1], next(alone.stream(8, 64, Cursor(0, 2, 0)))[1])
 
 
 def test_mixing_is_measured_and_held_against_a_perfect_shuffle() -> None:

@@ -175,6 +175,25 @@ def test_one_that_diverges_is_left_out_and_the_others_go_on(shared: Path, tmp_pa
         asked(root, {"arch": "topk", "sweep": {"k": ["3"]}})
 
 
+def test_weights_that_are_not_finite_at_the_end_stop_one_sae_and_not_the_others(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(self: TopK, rows: torch.Tensor) -> None:
+        if self.config.k == 3:
+            with torch.no_grad():
+                self.b_enc.fill_(float("inf"))
+
+    monkeypatch.setattr(TopK, "calibrate", spoilt)
+    root = place(shared, tmp_path / "p")
+    result = asked(root, {"arch": "topk", "sweep": {"k": ["2", "3"]}})
+    rows: list[dict] = list(result.summary["sweep"])  # type: ignore[call-overload]
+    assert result.exit_code == 11 and [row["state"] for row in rows] == ["trained", "diverged"]
+    assert "not finite" in rows[1]["why"]
+    with pytest.raises(StageError, match="weights that are not finite"):
+        asked(root, {"arch": "topk", "k": 3, "name": "alone"})
+    assert not (root / "results" / "saes" / "alone").exists()
+
+
 def _plain(coder: Any, lr: float, run: Run) -> Any:
     from greatctl.sae.step import PlainStep
 
@@ -189,6 +208,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_made(shared: Path, t
         ({"sweep": {"k": ["3", "4"]}, "k": 2}, UsageError, "--k and --sweep k exclude"),
         ({"sweep": {"lr": ["quick"]}}, UsageError, "lr=quick is not possible"),
         ({"sweep": {"k": ["33"]}}, ManifestError, "above d_sae"),
+        ({"arch": "jumprelu", "sweep": {"bandwidth": ["1"]}, "option": {"bandwidth": 2}}, UsageError, "exclude"),
         ({"sweep": {"aux": ["1"]}}, UsageError, "cannot vary aux"),
         ({"sweep": {"arch": ["topk", "relu"], "aux_coefficient": ["0", "1"]}}, UsageError, "relu has no"),
         ({"sweep": {"k": ["3", "4"]}, "export": "pth"}, UsageError, "--export does not go with"),
@@ -197,6 +217,15 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_made(shared: Path, t
     for given, error, words in cases:
         with pytest.raises(error, match=words):
             asked(root, given)
+    blamed = [
+        ({"sweep": {"k": ["3", "33"]}}, "--sweep k", "--sweep k, --d-sae"),
+        ({"sweep": {"bandwidth": ["0"]}, "arch": "jumprelu"}, "--sweep bandwidth", "change --sweep bandwidth"),
+        ({"sweep": {"expansion": ["2", "4"]}}, "same thing", "give one of them"),
+    ]
+    for given, why, fix in blamed:
+        with pytest.raises((ManifestError, UsageError)) as caught:
+            asked(root, given)
+        assert why in caught.value.why and fix in caught.value.fix and "flag" not in caught.value.why
     assert not (root / "results").exists()
     found = train.Config(sweep=["prefixes=[1,2],[3]", "k=1, 2"]).sweep  # type: ignore[arg-type]
     assert found == {"prefixes": ["[1,2]", "[3]"], "k": ["1", "2"]}

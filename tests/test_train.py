@@ -15,7 +15,15 @@ import torch
 from planted import HOOK, dictionary, planted, project
 from safetensors.torch import load_file
 
-from greatctl.errors import InputError, IntegrityError, InterruptedRun, ManifestError, StageError, UsageError
+from greatctl.errors import (
+    InputError,
+    IntegrityError,
+    InterruptedRun,
+    ManifestError,
+    ResourceError,
+    StageError,
+    UsageError,
+)
 from greatctl.events import Run
 from greatctl.extend.manager import load_plugins
 from greatctl.sae.folder import load as load_sae
@@ -107,7 +115,9 @@ def test_the_folder_holds_the_sae_its_curve_and_how_it_was_made(root: Path) -> N
     assert made["rows"]["special"] == 189 and made["rows"]["held_out"] == 1000 and made["rows"]["train"] == 2000
     assert made["epochs"] == pytest.approx(200 * 125 / 2000)
     assert load_sae(folder).hook_point == HOOK
-    assert any("each row is read 12.8 times" in n for n in notices)
+    assert any("each row is read 12.5 times" in n for n in notices)
+    odd, _ = run(root, name="odd", steps=None, tokens=9000, batch_size=900)  # two batches of 1000 rows a pass
+    assert odd.summary["tokens"] == 9000
 
 
 def test_batchtopk_is_the_default_and_its_threshold_gives_l0_equal_k(root: Path) -> None:
@@ -266,6 +276,8 @@ def test_an_export_under_a_name_that_nobody_trained_is_exit_5_and_trains_nothing
     with pytest.raises(InputError, match="no SAE named 'mien'") as caught:
         run(root, name="mien", export="pth", origins=flags)
     assert caught.value.exit_code == 5 and "mine" in caught.value.fix and "mine" in caught.value.why
+    with pytest.raises(InputError, match="no SAE named 'mien'"):
+        train.plan(context(root, origins=flags)[0], train.Config(**{**QUICK, "name": "mien", "export": "pth"}))
     assert not (root / "results" / "saes" / "mien").exists()
     assert run(root, name="new", steps=3, export="pth", origins={**flags, "steps": "flag --steps"})[0].artifact
 
@@ -275,6 +287,20 @@ def test_a_batch_larger_than_the_data_is_cut_to_it_and_the_plan_says_so(root: Pa
     assert train.plan(ctx, train.Config(**{**QUICK, "batch_size": 10**6})).facts["batch_size"] == 3189
     _, notices = run(root, batch_size=10**6, steps=3, name="whole")
     assert any("a batch has 2000 rows instead of 1000000: there are no more" in n for n in notices)
+
+
+def test_a_device_without_float64_is_refused_and_nothing_is_sealed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "pick_device", lambda wanted: "mps")
+    with pytest.raises(ResourceError, match="cannot be trained on mps"):
+        run(root, name="apple")
+    assert not (root / "results" / "saes" / "apple").exists()
+
+
+@pytest.mark.parametrize("arch", ["topk", "relu", "gated", "jumprelu"])
+def test_no_architecture_is_asked_for_more_latents_than_it_has(root: Path, arch: str) -> None:
+    with pytest.raises(ManifestError, match="k = 33 is above d_sae = 32") as caught:
+        run(root, arch=arch, k=33)
+    assert "--d-sae" in caught.value.fix
 
 
 def test_controls_are_trained_also_where_an_export_is_asked_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

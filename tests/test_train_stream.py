@@ -115,6 +115,31 @@ def test_a_sweep_over_hook_points_reads_the_model_once_and_each_sae_is_that_of_a
     assert [n for n, _ in both] * 2 == [n for n, _ in reads] and {names for _, names in both} == {tuple(sites)}
 
 
+def test_a_stopped_sweep_over_streamed_hook_points_ends_with_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"sweep": {"hook_point": [SITE, "blocks.0.hook_resid_post"]}, "steps": 24, **BUFFER}
+    heard = Run("train")
+
+    def stop(event: Event) -> None:
+        if event.kind == "progress" and event.message == "train" and event.data["done"] == 15:
+            heard.stop.request(signal.SIGINT)
+
+    heard.emit = stop
+    with pytest.raises(InterruptedRun):
+        run(project, tmp_path / "stopped", heard, **given)
+    run(project, tmp_path / "stopped", **given)
+    straight = run(project, tmp_path / "straight", **given)
+    for row in list(straight.summary["sweep"]):  # type: ignore[call-overload]
+        one, other = (contents(tmp_path / place / "saes" / row["name"]) for place in ("stopped", "straight"))
+        assert one == other
+
+
+def test_settings_of_streaming_are_refused_without_it(project: Project, tmp_path: Path) -> None:
+    for name, value in (("buffer_rows", 100), ("model", "bundled")):
+        ctx = replace(opened(project, tmp_path), origins={name: f"flag --{name}"})
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} needs --stream"):
+            train.plan(ctx, train.Config(**{**QUICK, "stream": False, name: value}))
+
+
 def test_what_cannot_be_streamed_is_refused_before_a_model_is_opened(project: Project, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be streamed"):
         run(project, tmp_path, hook_point="blocks.1.attn.hook_z")

@@ -11,7 +11,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from ..errors import BugError, GreatctlError, UsageError
+from ..errors import BugError, GreatctlError
+from .help import Group
 from .options import Root
 
 __all__ = ["app", "run"]
@@ -20,6 +21,7 @@ _given: list[Root] = []  # the root options of this call, for the crash file
 
 app = typer.Typer(
     name="greatctl",
+    cls=Group,
     help="Reads great and ordinary lives with a frozen language model and asks which sparse-autoencoder latents carry "
     "ambition, composure, greatness; every claim is printed beside the baseline that could explain it away.",
     no_args_is_help=True,
@@ -111,8 +113,9 @@ def _as_error(problem: BaseException) -> GreatctlError:
 
         return InterruptedRun(2)
     if isinstance(problem, typer.TyperException):
-        message = problem.format_message() or "no command was given"
-        return UsageError(message, fix="greatctl --help  (or --help after a command) lists what can be said")
+        from .usage import explained
+
+        return explained(problem)
     if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # the latter is torch's
         from ..errors import ResourceError
 

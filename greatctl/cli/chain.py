@@ -48,7 +48,10 @@ def run_chain(
             voice = Run(stage, run.emit, run.stop)
             given = {**_unless_said(stage, (implied or {}).get(stage, {}), project.manifest), **flags.get(stage, {})}
             module, context, config = prepare(root, stage, given, common, project, plugins, voice)
+            began = time.perf_counter()
             results.append(module.run(context, config))
+            if not results[-1].up_to_date:
+                voice.notice(f"{stage}: done in {time.perf_counter() - began:,.0f} s")
     return results
 
 
@@ -64,6 +67,8 @@ def run_demo(root: Root, folder: Path, common: Common) -> dict[str, object]:
 
     began = time.perf_counter()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file", why="the demo makes a folder", fix=f"greatctl demo {folder}-demo")
     imports = make_project(folder.absolute())
     inside = Root(folder, root.data_dir, root.results_dir, root.plugins, root.no_plugins, True, root.debug)
     if not common.quiet:

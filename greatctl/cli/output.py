@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from .text import paragraphs, visible
@@ -16,17 +18,24 @@ from .text import paragraphs, visible
 if TYPE_CHECKING:
     from ..errors import GreatctlError
 
-__all__ = ["document", "print_document", "print_error", "print_result", "stderr", "stdout"]
+__all__ = ["document", "hanging", "print_document", "print_error", "print_result", "stderr", "stdout"]
 
 
 def stdout() -> Console:
-    """A console on stdout; 80 columns when it is not a terminal, so that tables stay tables."""
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 100)
+    """A console on stdout; where it is no terminal 100 columns or $COLUMNS. Below 60 a table would be splinters, so the
+    terminal wraps its lines instead.
+    """
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    console = Console(file=sys.stdout, highlight=False, width=None if known else 100)
+    console.width = max(console.width, 60)
+    return console
 
 
 def stderr() -> Console:
-    """A console on stderr."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    """A console on stderr. On a terminal lines break between words, in a log they stay whole."""
+    console = Console(file=sys.stderr, highlight=False)
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def document(stage: str, artifact: Path | None, summary: Mapping[str, object], **more: object) -> dict[str, object]:
@@ -51,13 +60,22 @@ def print_error(error: GreatctlError, *, as_json: bool) -> None:
     if as_json:
         print_document({"ok": False, "error": error.to_json()})
         return
-    text = Text()
-    text.append("error: ", "bold red")
-    text.append(visible(f"{error.where}: ") if error.where and error.where not in error.message else "", "dim")
-    text.append(visible(error.message) + "\n")
+    where = visible(f"{error.where}: ") if error.where and error.where not in error.message else ""
+    console = stderr()
+    console.print(hanging(Text("error: ", "bold red"), Text.assemble((where, "dim"), visible(error.message)), console))
     for label, words in (("why", error.why), ("fix", error.fix)):
         if words:
-            text.append(f"  {label}: ", "bold")
-            text.append_text(paragraphs(words.replace("\n", "\n       "))).append("\n")
-    text.append(f"  [{error.name}]", "dim")
-    stderr().print(text)
+            console.print(hanging(Text(f"  {label}: ", "bold"), paragraphs(words), console))
+    console.print(Text(f"  [{error.name}]", "dim"))
+
+
+def hanging(label: Text, words: Text, console: Console) -> RenderableType:
+    """A label and its words; on a terminal every further line begins below the first word."""
+    if not console.is_terminal:
+        lines = words.split("\n")
+        return Text("\n" + " " * label.cell_len).join([Text.assemble(label, lines[0]), *lines[1:]])
+    view = Table.grid(padding=0)
+    view.add_column(width=label.cell_len, no_wrap=True)
+    view.add_column(overflow="fold")
+    view.add_row(label, words)
+    return view

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 
 from ..events import Event
-from .output import stderr
+from ..stages.context import STAGES
+from .output import hanging, stderr
 from .text import literal, visible
 
 __all__ = ["Display"]
@@ -24,6 +25,8 @@ __all__ = ["Display"]
 _EVERY_SECONDS = 30.0
 _KNOWN_AFTER = 0.5  # seconds
 _POINTS = 5
+_SPEAKERS = (*STAGES, "controls", "steer")
+_COLUMN = 11
 _TRAINING = "train"  # the task that a curve belongs to
 _FIGURES = {
     "loss": ("loss", "{:.4g}"),
@@ -108,6 +111,7 @@ class Display:
         self._curve = _Curve()
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._last_line = time.monotonic()
+        self._speaker = ""
         self._began: dict[tuple[str, str], tuple[float, int]] = {}
 
     def __enter__(self) -> Display:
@@ -125,9 +129,20 @@ class Display:
         elif event.kind == "metric":
             self._curve.add(event.message, {k: float(v) for k, v in event.data.items() if isinstance(v, int | float)})
         elif event.kind in ("notice", "skipped"):
-            self._console.print(literal(f"{event.message}", "dim"))
+            self._say(event.message)
         elif event.kind == "finished":
             self._clear()
+
+    def _say(self, message: str) -> None:
+        """A notice. On a terminal who speaks stands in a column of its own, and only when that changes."""
+        who, colon, words = message.partition(": ")
+        if not self._console.is_terminal or not colon or who not in _SPEAKERS:
+            self._speaker = ""
+            self._console.print(literal(message, "dim"))
+            return
+        name = "" if who == self._speaker else who
+        self._speaker = who
+        self._console.print(hanging(literal(f"{name:<{_COLUMN}}", "bold"), literal(words, "dim"), self._console))
 
     def _advance(self, event: Event) -> None:
         data = event.data
@@ -152,7 +167,7 @@ class Display:
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(visible(key[1]), total=total or None, completed=already, rate="")
         speed = self._speed(key, done, already)
-        rate = f"{speed:,.0f} {unit}/s" if speed and unit else ""
+        rate = _rate(speed, unit)
         self._progress.update(self._tasks[key], completed=done, total=total or None, rate=rate)
         if total and done >= total:
             self._progress.remove_task(self._tasks.pop(key))
@@ -163,15 +178,17 @@ class Display:
     def _line(self, key: tuple[str, str], done: int, total: int, already: int, unit: str) -> None:
         speed = self._speed(key, done, already)
         words = self._curve.words() if key[1] == _TRAINING else ""
-        if key[1] == _TRAINING and done >= total:
-            self._curve.reset()
+        if total and done >= total:
+            self._began.pop(key, None)  # what comes under the same name is another task
+            if key[1] == _TRAINING:
+                self._curve.reset()
         now = time.monotonic()
         if now - self._last_line < _EVERY_SECONDS:
             return
         self._last_line = now
         amount = f"{done:,}" + (f" of {total:,}" if total else "") + (f" {unit}" if unit else "")
-        rate = f", {speed:,.0f} {unit}/s" if speed and unit else ""
-        eta = f", {(total - done) / speed:.0f} s left" if speed and total else ""
+        rate = f", {_rate(speed, unit)}" if speed and unit else ""
+        eta = f", {_left((total - done) / speed)} left" if speed and total else ""
         what = ": ".join(dict.fromkeys(key))  # a stage whose one task is called as it is is not named twice
         self._console.print(literal(f"{what}: {amount}{rate}{words}{eta}"))
 
@@ -188,3 +205,18 @@ class Display:
             self._tasks.clear()
         self._curve.reset()
         self._began.clear()
+
+
+def _rate(speed: float, unit: str) -> str:
+    """`1,234 tokens/s`, `0.21 shards/s`; nothing where it is unknown."""
+    if not speed or not unit:
+        return ""
+    return f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s"
+
+
+def _left(seconds: float) -> str:
+    """A time that is still to come: `45 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"

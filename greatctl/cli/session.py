@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ManifestError
+from ..errors import ManifestError, UsageError
 from ..events import Event, Run, StopRequest
+from .next_step import next_step
 from .options import Common, Root
-from .output import document, print_document, print_result, stderr
+from .output import document, print_document, print_result, stderr, stdout
 from .progress import Display
 from .text import literal
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from ..stages.context import Context, Plan, Project, Result, StageConfig
 
 __all__ = ["open_plugins", "open_project", "prepare", "run_stage", "running", "show"]
+
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d+)?")
 
 
 def open_project(root: Root, *, quiet: bool = False) -> Project:
@@ -41,7 +45,7 @@ def open_project(root: Root, *, quiet: bool = False) -> Project:
         raise ManifestError(
             f"{folder} is not a folder",
             why="--project/-C names the folder that holds sources.toml",
-            fix=f"mkdir -p {folder}  and  greatctl -C {folder} init",
+            fix=f"greatctl -C {folder.parent}" if folder.exists() else f"greatctl -C {folder} init  makes one",
             where=str(folder),
         )
     path = folder / "sources.toml"
@@ -84,7 +88,11 @@ def prepare(
     if common.seed is not None and "seed" in module.Config.model_fields:
         given["seed"] = common.seed
     resolved = resolve(module.Config, stage, flags=given, manifest=project.manifest, environ=os.environ)
-    device, _ = resolve_device(stage, flag=common.device, manifest=project.manifest, environ=os.environ)
+    device, origin = resolve_device(stage, flag=common.device, manifest=project.manifest, environ=os.environ)
+    if not _DEVICE.fullmatch(device):
+        raise UsageError(
+            f"unknown device {device!r}", why=f"given by: {origin}", fix="use auto, cpu, cuda, cuda:1 or mps"
+        )
     context = Context(project, plugins, run, resolved.origins, common.force, root.offline, device)
     return module, context, resolved.config
 
@@ -99,7 +107,7 @@ def run_stage(root: Root, stage: str, flags: Mapping[str, Any], common: Common) 
             _show_plan(module.plan(context, config), config, context, as_json=common.as_json)
             return
         result = module.run(context, config)
-    show(result, as_json=common.as_json)
+    show(result, as_json=common.as_json, hint="" if common.quiet else next_step(result, root, flags))
     raise typer.Exit(result.exit_code)
 
 
@@ -129,14 +137,16 @@ def running(stage: str, plugins: Plugins, *, quiet: bool) -> Iterator[Run]:
                 signal.signal(number, handler)
 
 
-def show(result: Result, *, as_json: bool) -> None:
-    """Print a result: one JSON document, or the stage's view for people."""
+def show(result: Result, *, as_json: bool, hint: str = "") -> None:
+    """Print a result: one JSON document, or the stage's view for people with a command that could come next."""
     if as_json:
         print_document(document(result.stage, result.artifact, result.summary))
         return
     from .views import render
 
     print_result(render(result))
+    if hint:
+        stdout().print(literal("next  ", "dim").append_text(literal(hint)), soft_wrap=True)
 
 
 def _show_plan(plan: Plan, config: StageConfig, context: Context, *, as_json: bool) -> None:

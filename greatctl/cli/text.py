@@ -7,8 +7,10 @@ what they are: control characters as `\\xNN`, and never interpreted as Rich mark
 from __future__ import annotations
 
 import unicodedata
+from typing import TYPE_CHECKING
 
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.text import Text
 
 __all__ = ["literal", "paragraphs", "visible"]
 
@@ -31,9 +33,13 @@ def visible(text: str) -> str:
 
 def literal(text: object, style: str = "") -> Text:
     """A Rich text that shows `text` as it is, never as markup."""
+    from rich.text import Text  # here, since completion needs `visible` alone and has no time to spare
+
     return Text(visible(str(text)), style=style)
 
 
 def paragraphs(text: object, style: str = "") -> Text:
     """As `literal`, but line breaks break lines: for words of greatctl's own that may quote foreign text."""
+    from rich.text import Text
+
     return Text("\n".join(visible(line) for line in str(text).splitlines()), style=style)

@@ -80,8 +80,17 @@ def report_sections(results: Path) -> Sequence[Section]:
         results: the project's results folder (saes/, features/, patches/).
 
     Returns:
-        Sections `{"title": str, "blocks": [block, …]}`. A block is `{"kind": "prose", "text": str}` or
-        `{"kind": "table", "columns": [str, …], "rows": [[str | int | float | bool | None, …], …]}`.
+        Sections `{"title": str, "blocks": [block, …]}`. A block is one of
+
+            {"kind": "prose", "text": str}
+            {"kind": "table", "columns": [str, …], "rows": [[str | int | float | bool | None, …], …]}
+            {"kind": "chart", "draw": "bars" | "lines" | "points", "title": str, "words": str, "x": axis, "y": axis,
+             "series": {str: [[str | number, number | None], …], …}}
+            {"kind": "chart", "draw": "heat", "title": str, "words": str, "x": axis, "y": axis, "value": axis,
+             "cells": [[str | number, str | number, number | None], …]}
+
+        An axis is `{"name": str, "unit": str}` ("" for no unit); `words` say what is to be seen in it. On one axis stand
+        names or numbers, not both, and a chart holds at most `sections.MOST` numbers.
     """
     return ()
 

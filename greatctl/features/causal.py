@@ -8,6 +8,11 @@ random directions, and other latents that fire as often are treated likewise. Th
 and the price (how far the next-token distribution moves on unrelated text, and how much worse it predicts it) is
 printed beside the effect.
 
+All that asks whether the latent is enough to move the concept, or needed. A push may also work through a pathway that
+sleeps in the model's own runs (Makelov et al. 2023, arXiv 2311.17030), so the `complement` is patched too: the corrupted
+prompt's activation is taken as it is, all but the latent, which keeps what it has in the clean run. The share of the
+pair's logit difference that then is still there is what the latent carries where nobody pushes it.
+
 One strength, `REFERENCE`, is written down here before anybody looks: the tests are at that one, and the others
 make the dose-response.
 """
@@ -29,7 +34,10 @@ __all__ = ["KINDS", "REFERENCE", "STRENGTHS", "Outcomes", "Readings", "Trial", "
 STRENGTHS = (0.125, 0.25, 0.5, 1.0)
 REFERENCE = 0.5  # mean norms
 PRICED = 8  # random directions whose damage is measured
-KINDS = ("ablate", "clamp", "steer", "random", "random-ablate", "other-steer", "other-ablate")
+KINDS = (
+    "ablate", "clamp", "steer", "complement",
+    "random", "random-ablate", "random-complement", "other-steer", "other-ablate",
+)  # fmt: skip
 _QUANTILE = 0.95
 Floats = NDArray[np.float64]
 
@@ -55,6 +63,7 @@ class Trial:
         sign: 1 where the latent is added, -1 where it is taken away.
         pairs: amounts [n, p] on the prompts.
         windows: amounts [w, q] on unrelated text, None where the damage is not measured.
+        prompts: of each pair that it is tried on; 1 is the corrupted one alone.
     """
 
     kind: str
@@ -65,6 +74,7 @@ class Trial:
     sign: float
     pairs: Tensor
     windows: Tensor | None = None
+    prompts: int = 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,9 @@ class Outcomes:
     """What the trials did.
 
     Attributes:
-        effects: [n_trials, n_pairs] float64, what presence adds to the logit difference.
+        effects: [n_trials, n_pairs] float64, what presence adds to the logit difference, the mean over the pair's
+            prompts that were tried.
+        gap: [n_pairs] float64, how far apart the untouched prompts are: clean minus corrupted logit difference.
         kl, ce: [n_trials] float64, nats a token on unrelated text, NaN where not measured: KL(before || after) and
             the rise of the cross-entropy.
         clusters: the cluster of each pair.
@@ -82,6 +94,7 @@ class Outcomes:
     kl: Floats
     ce: Floats
     clusters: Sequence[str]
+    gap: Floats
 
 
 def equal_firing(density: Tensor, latents: Sequence[int], n: int) -> list[int]:
@@ -109,6 +122,7 @@ def trials_of(
     latents: Sequence[int],
     others: Sequence[int],
     *,
+    apart: Tensor,
     norm: float,
     peaks: Sequence[float],
     random: Tensor,
@@ -120,6 +134,8 @@ def trials_of(
     Args:
         prompts, windows: activations of `latents` and then `others`.
         rows: what a unit of each adds, [n_latents + n_others, d].
+        apart: how far each of `latents` at a place of a corrupted prompt is from the place of the clean one that
+            corresponds, [n, p, n_latents]; 0 elsewhere.
         norm: mean norm of the residual stream.
         peaks: the value to clamp each of `latents` to.
         random: [n_random, d] of norm 1, shared by all latents.
@@ -140,12 +156,17 @@ def trials_of(
         direction = units[column] if way is None else way
         return Trial(kind, latent, value, draw, direction, sign, on_pairs, on_windows if price else None)
 
+    def keep(kind: str, latent: int, column: int, way: Tensor, draw: int = 0) -> Trial:
+        return Trial(kind, latent, 0.0, draw, way, 1.0, apart[..., column] * lengths[column], prompts=1)
+
     trials: list[Trial] = []
     for column, latent in enumerate(latents):
         trials.append(clamp("ablate", latent, column, 0.0))
         trials.append(clamp("clamp", latent, column, peaks[column]))
+        trials.append(keep("complement", latent, column, units[column]))
         trials += [steer("steer", latent, strength, units[column]) for strength in strengths]
         trials += [clamp("random-ablate", latent, column, 0.0, way, draw) for draw, way in enumerate(random)]
+        trials += [keep("random-complement", latent, column, way, draw) for draw, way in enumerate(random)]
     for column, latent in enumerate(others, len(latents)):
         trials.append(clamp("other-ablate", latent, column, 0.0))
         trials.append(steer("other-steer", latent, REFERENCE, units[column], price=False))
@@ -171,6 +192,13 @@ def weigh(
     slope                   logits a mean norm, least squares through 0 over all strengths
     ablation, ablation_p, ablation_placebo    what ablating takes away, likewise; the placebo over both kinds
     clamp, clamp_p          what the clamp to the peak adds
+    complement              share of the pairs' own logit difference (clean minus corrupted, `complement_gap` logits, the
+                            mean over pairs) that is kept where all but the latent is the corrupted prompt's: the mean
+                            of what is kept over the mean difference, since one pair with a tiny difference would rule a
+                            mean of shares; 1 where the latent carries it all, 0 where none of it. NaN, as are the
+                            next two, where the mean difference is not above 0: then there is none to keep
+    complement_placebo      95th percentile of |share| over random directions that are gone along as far at each place
+    complement_p            share of random directions (and the latent) whose |share| is as large
     damage_kl, damage_ce    price of steering at `REFERENCE` on unrelated text, nats a token
     placebo_kl              the same of the random directions, mean
     n_pairs, n_units        pairs, and what is independent among them
@@ -205,6 +233,7 @@ def weigh(
             "ablation_placebo": max(_high(ablated), _high(other_ablated), key=lambda x: (x == x, x)),
             "clamp": float(find.columns("clamp", [latent]).mean()),
             "clamp_p": float(tests["clamp"].p[j]),
+            **_complement(find, latent),
             "damage_kl": float(outcomes.kl[at]),
             "damage_ce": float(outcomes.ce[at]),
             "placebo_kl": _price(outcomes.kl[find.rows("random", REFERENCE)]),
@@ -222,6 +251,18 @@ def _dose(find: _Finder, latent: int, effect: float) -> dict[str, float]:
     steps = np.diff(means, prepend=0.0) * np.sign(effect)
     slope = float((strengths * means).sum() / (strengths**2).sum())
     return {"dose": float((steps > 0).mean()) if len(rows) else float("nan"), "slope": slope}
+
+
+def _complement(find: _Finder, latent: int) -> dict[str, float]:
+    """What the latent alone keeps of the pairs' own logit differences."""
+    gap, unknown = float(find.outcomes.gap.mean()), float("nan")
+    keys = ("complement", "complement_placebo", "complement_p")
+    if not gap > 0:
+        return {"complement_gap": gap, **dict.fromkeys(keys, unknown)}
+    share = float(find.columns("complement", [latent]).mean()) / gap
+    random = np.abs(find.means("random-complement", latent=latent)) / gap
+    p = float(((random >= share).sum() + 1) / (len(random) + 1))
+    return {"complement_gap": gap, **dict(zip(keys, (share, _high(random), p), strict=True))}
 
 
 def _price(nats: Floats) -> float:

@@ -49,6 +49,7 @@ class Candidate:
         row: as `judgement.weigh` gives it.
         score: on held-out authors; None where none are held out. `interval` is that of its AUROC.
         recall: share of held-out characters beyond the midway point between the roles in training.
+        works_recall: the same of the characters' kept-apart works; None where there are none.
         margins: baseline -> (margin, low, high), for those that were measured.
         cosines: largest decoder |cosine| in each SAE of another seed.
         on_words: share of its strongest passages that peak on a name or on a word of the concept; None if unknown.
@@ -61,6 +62,7 @@ class Candidate:
     score: Score | None = None
     interval: tuple[float, float] | None = None
     recall: float | None = None
+    works_recall: float | None = None
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     margins: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     cosines: Sequence[float] = ()
@@ -171,7 +173,10 @@ def _specificity(c: Candidate) -> Finding:
 def _sensitivity(c: Candidate) -> Finding:
     if c.recall is None:
         return "missing", None, _UNHELD
-    return "missing", c.recall, f"{c.recall:.0%} of the held-out characters are found; no new text was tried"
+    works = "" if c.works_recall is None else f" and {c.works_recall:.0%} of the works that were kept apart"
+    # what arXiv 2509.23717 asks for needs a writer: text after the latent's label, which nobody has read before
+    said = f"{c.recall:.0%} of the held-out characters{works} are found"
+    return "missing", c.recall, f"{said}; no text was written to its label and tried"
 
 
 def _whole_range(c: Candidate) -> Finding:
@@ -268,9 +273,27 @@ def _causal(c: Candidate) -> Finding:
     moves, said = moves_as_predicted(c.causal, c.value("effect"))
     cost = c.causal.get("damage_kl", float("nan"))
     said += f"; damage {cost:.3g} nats a token" if isfinite(cost) else ""
-    # a push along one direction may work through a dormant pathway (arXiv 2311.17030)
-    said += "; missing: the complement of its direction was not patched"
-    return "passed" if moves else "failed", c.causal["effect"], said
+    state, kept = _complement(c.causal)
+    return state if moves else "failed", c.causal["effect"], f"{said}; {kept}"
+
+
+def _complement(causal: Mapping[str, float]) -> tuple[State, str]:
+    """Whether the latent alone carries some of the difference that the model itself makes between the prompts.
+
+    A push along one direction may work through a pathway that the model leaves asleep (arXiv 2311.17030), so all but
+    the latent is patched too, and random directions are gone along as far.
+    """
+    share, p = causal.get("complement", float("nan")), causal.get("complement_p", float("nan"))
+    placebo = causal.get("complement_placebo", float("nan"))
+    if causal.get("complement_gap", 1.0) <= 0:
+        return "missing", "its complement says nothing: the model does not tell the pairs' prompts apart"
+    if not (isfinite(share) and isfinite(p)):
+        return "missing", "missing: the complement of its direction was not patched"
+    n = f" of {causal['n_pairs']:.0f} pairs" if "n_pairs" in causal else ""
+    said = f"with its complement patched {share:.1%} of the difference{n} is left (p {p:.2g}"
+    said += f", random directions up to {placebo:.1%})" if isfinite(placebo) else ")"
+    beyond = p <= LEVEL and share > (placebo if isfinite(placebo) else 0.0)
+    return "passed" if beyond else "failed", said
 
 
 def _set(c: Candidate) -> Finding:

@@ -26,7 +26,7 @@ from .concepts import Concept, select
 from .gate import Candidate, Check, check, claim, settle
 from .judgement import Judgement, weigh, with_causal
 from .probes import column, strongest, testable, training
-from .units import Cells, gather
+from .units import Cells, Parts, gather
 
 __all__ = ["Evidence", "Known", "Weighed", "assemble", "shown", "weigh_concept", "write_evidence"]
 
@@ -100,6 +100,7 @@ def weigh_concept(
     alive: Sequence[int],
     *,
     n_candidates: int,
+    stretches: tuple[NDArray, NDArray] | None = None,
     seed: int = 0,
 ) -> Weighed:
     """Weigh the latents in `alive` on the mean activations of the documents that a concept names.
@@ -107,6 +108,8 @@ def weigh_concept(
     Args:
         means: mean activation of each latent in each document, [n_documents, d_sae]; NaN rows were not read.
         unit: the document column that names the unit (`author` or `unit`).
+        stretches: of each document's stretches, the tokens [n_documents, S] (0 where it has fewer) and the summed
+            activations [n_documents, S, d_sae], by which authors are compared on equal amounts of text.
     """
     sides = select(concept, documents)
     places = [i for i, side in enumerate(sides) if side and np.isfinite(means[i]).all()]
@@ -114,12 +117,22 @@ def weigh_concept(
         {**documents[i], "author": documents[i][unit], "role": _ROLE[str(sides[i])], "hard": sides[i] == "hard"}
         for i in places
     ]
-    cells = replace(gather(means[places][:, list(alive)], rows), unit="author" if unit == "author" else "subject")
-    found = weigh(cells, seed=seed)
+    parts = None if stretches is None else _parts(*stretches, places, alive)
+    cells = gather(means[places][:, list(alive)], rows, parts=parts)
+    cells = replace(cells, unit="author" if unit == "author" else "subject")
+    found, cells = weigh(cells, seed=seed), replace(cells, parts=None)  # the parts are large, and have had their say
     for row, latent in zip(found.rows, alive, strict=True):
         row["latent"] = latent
     chosen = strongest(*training(cells), n_candidates)
     return Weighed(concept, rows, places, cells, alive, found, [alive[i] for i in chosen])
+
+
+def _parts(tokens: NDArray, totals: NDArray, places: Sequence[int], alive: Sequence[int]) -> Parts:
+    """The stretches that hold tokens, of the documents that take part."""
+    row, stretch = np.nonzero(tokens[places])
+    amount = tokens[places][row, stretch].astype(np.float64)
+    sums = totals[np.asarray(places, dtype=np.int64)[row], stretch][:, list(alive)]
+    return Parts(sums / amount[:, None].astype(sums.dtype), amount, row)
 
 
 def assemble(weighed: Weighed, measured: Sequence[Baseline], known: Known, *, seed: int = 0) -> Evidence:
@@ -157,15 +170,20 @@ def _candidate(weighed: Weighed, latent: int, measured: Mapping[str, Baseline], 
         return found
     score = column(cells, place, "latent")
     margins = {name: margin(cells, score, one, seed) for name, one in measured.items() if one.bar is not None}
-    recall = _recall(cells, score.authors)
-    return replace(found, score=score, interval=interval(cells, score, seed), recall=recall, margins=margins)
+    recall, works = _recall(cells, place)
+    band = interval(cells, score, seed)
+    return replace(found, score=score, interval=band, recall=recall, works_recall=works, margins=margins)
 
 
-def _recall(cells: Cells, score: Floats) -> float:
-    """Share of held-out characters beyond the midway point between the roles in training."""
-    role, held = cells.author_role, cells.heldout
-    midway = (score[~held & role].mean() + score[~held & ~role].mean()) / 2
-    return float((score[held & role] > midway).mean())
+def _recall(cells: Cells, place: int) -> tuple[float, float | None]:
+    """Share of held-out characters, and of characters' kept-apart works, beyond midway between the roles in training."""
+    means, role = training(cells)
+    high, low = means[role, place].mean(), means[~role, place].mean()
+    way = np.sign(high - low) or 1.0
+    held = cells.author_means[cells.heldout & cells.author_role, place]
+    apart = cells.work_means[cells.work_heldout & cells.author_role[cells.work_author], place]
+    authors, works = ((found - (high + low) / 2) * way > 0 for found in (held, apart))
+    return float(authors.mean()), float(works.mean()) if len(works) else None
 
 
 def _shared(weighed: Weighed) -> dict[str, object]:

@@ -19,6 +19,7 @@ from ..errors import UsageError
 from ..stats import auroc, benjamini_hochberg, label_permutation, smallest_detectable_effect
 from .adjust import Adjusted, adjust, icc, outlying_author
 from .agreement import HALF, LEVEL, Agreement, agreement
+from .exposure import on_equal_text
 from .units import Cells, Documents, gather
 
 __all__ = ["LEVEL", "VERDICTS", "Judgement", "judge", "moves_as_predicted", "weigh", "with_causal"]
@@ -57,7 +58,10 @@ def judge(
     3. The test: author labels are permuted, over all authors. p_value is two-sided for the latent alone;
        q_value is paid for all latents given (max-T, family-wise, so it bounds the false discovery rate too). Both are
        the larger of two: for the difference of means as it is, and in its own standard error (Welch's t), since
-       latents are sparse and the roles may differ in works an author, and so in spread.
+       latents are sparse and the roles may differ in works an author, and so in spread. Where that leaves anything
+       at .05 and authors of one role have more text than those of the other, both must also hold on equal amounts: each
+       author is cut down to the works and windows of one of the other role, at random, eight times, and the mean p over
+       these counts if it is the largest (`exposure` says why).
        Choosing latents first, by whatever authors, is therefore paid for when all latents that could have
        been chosen are given.
     4. If q_value is above .05 the latent is not supported. Where something simpler clearly explains it (false
@@ -146,13 +150,16 @@ def weigh(cells: Cells, *, causal: Causal | None = None, seed: int = 0) -> Judge
         return Judgement(rows, power, smallest, n1, n0)
     test = label_permutation(cells.author_means, role, draws=_DRAWS, seed=seed)
     own = label_permutation(cells.author_means, role, draws=_DRAWS, seed=seed, statistic="studentised")
-    p_value, q_value = np.maximum(test.p, own.p), np.maximum(test.p_max_t, own.p_max_t)
+    p_value, all_text = np.maximum(test.p, own.p), np.maximum(test.p_max_t, own.p_max_t)
+    equal = on_equal_text(cells, seed=seed) if (all_text <= LEVEL).any() else None
+    q_value = all_text if equal is None else np.maximum(all_text, equal.p_max_t)
+    p_value = p_value if equal is None else np.maximum(p_value, equal.p)
     area = auroc(cells.author_means, role)
     looks = agreement(cells)
     if floor > LEVEL:
         verdicts = [("underpowered", power)] * n_latents
     else:
-        verdicts = _Rules(cells, looks, test.effect, q_value, power).decide()
+        verdicts = _Rules(cells, looks, test.effect, q_value, all_text, power).decide()
     more = {"icc": icc(cells.means, cells.author), **{name: getattr(looks, name) for name in _LOOKS}}
     columns = zip(test.effect, area, p_value, q_value, verdicts, strict=True)
     rows = [
@@ -175,8 +182,9 @@ def with_causal(row: Mapping[str, object], causal: Mapping[str, float] | None) -
 class _Rules:
     """The rules 4 to 6 of `judge` over all latents of one corpus."""
 
-    def __init__(self, cells: Cells, looks: Agreement, effect: Floats, q: Floats, power: str) -> None:
-        self.cells, self.looks, self.effect, self.q, self.power = cells, looks, effect, q, power
+    def __init__(self, cells: Cells, looks: Agreement, effect: Floats, q: Floats, all_text: Floats, power: str) -> None:
+        self.cells, self.looks, self.effect, self.power = cells, looks, effect, power
+        self.q, self.all_text = q, all_text  # the second before authors were cut down to equal amounts
         self.adjusted: dict[str, Adjusted] = {name: adjust(cells, name) for name in cells.factors}
         self.author_p, self.author = outlying_author(cells)
         self.explained = self._explanations()
@@ -195,6 +203,8 @@ class _Rules:
 
     def _silent(self, i: int) -> tuple[str, str]:
         said = f"role over all {self.cells.unit}s: q {self.q[i]:.2g} (effect {self.effect[i]:+.2f} sd)"
+        if self.all_text[i] <= LEVEL:
+            said += f" on equal amounts of text, {self.all_text[i]:.2g} on all of it"
         explanation = self.explained[i]
         if explanation is None:
             return "not-supported", f"{said}. {self.power}"

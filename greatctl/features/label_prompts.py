@@ -40,11 +40,12 @@ _FUZZ = (
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage as its tokens, with the latent's activation on each (`heat`)."""
+    """A passage as its tokens, with the latent's activation on each (`heat`), and the work (`source`) that it is from."""
 
     window: int
     pieces: Sequence[str]
     heat: Sequence[float]
+    source: str = ""
 
     @property
     def text(self) -> str:
@@ -71,9 +72,9 @@ def explanation(passages: Sequence[Passage]) -> list[Message]:
     return _messages(_EXPLAIN, {"passages": [marked(p, p.fires) for p in passages]})
 
 
-def detection(description: str, passages: Sequence[Passage]) -> list[Message]:
-    """Ask which passages the latent fires in."""
-    return _messages(_DETECT, {"description": description, "passages": [p.text for p in passages]})
+def detection(description: str, texts: Sequence[str]) -> list[Message]:
+    """Ask in which of these passages the latent fires."""
+    return _messages(_DETECT, {"description": description, "passages": list(texts)})
 
 
 def fuzzing(description: str, texts: Sequence[str]) -> list[Message]:

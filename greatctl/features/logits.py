@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = ["LatentLogits", "Unembedding", "latent_logits"]
 
 _BUDGET = 32 * 2**20  # logits held at once
+_LONG = 32.0  # root mean square of a row as it is read: far above a norm's epsilon, far below float16's largest number
 
 
 class Unembedding(Protocol):
@@ -62,9 +63,11 @@ def latent_logits(model: Unembedding, directions: Tensor, *, k: int = 10, hidden
     shown = torch.ones(model.d_vocab, dtype=torch.bool).index_fill(0, never, False)
     for start in range(0, len(directions), rows):
         block = directions[start : start + rows].detach().float().cpu()
+        # the norm divides by the row's own size, which is undone; its epsilon would count beside so short a row
+        size = block.square().mean(dim=1, keepdim=True).sqrt()
+        long = block * (_LONG / size.clamp_min(torch.finfo(torch.float32).tiny))
         with torch.no_grad():
-            logits = model.resume(model.n_layers, block[:, None, :])[:, 0].float().cpu()
-        logits *= block.square().mean(dim=1, keepdim=True).sqrt()  # undo the division by the row's own size
+            logits = model.resume(model.n_layers, long[:, None, :])[:, 0].float().cpu() * size
         high, low = logits.index_fill(1, never, -torch.inf), logits.index_fill(1, never, torch.inf)
         top, bottom = high.topk(k, dim=1), low.topk(k, dim=1, largest=False)
         parts.append((top.indices, top.values, bottom.indices, bottom.values, *_shape(logits[:, shown])))

@@ -1,9 +1,10 @@
 """Feature tables as the JSON that Neuronpedia's tools pass around, for other people's viewers and scripts.
 
-`batch-N.json` has the layout of SAEDashboard's batches: model_id, layer, sae_set and a list of features with their logits,
-histogram and activating passages, 128 latents a file. What greatctl does not measure (neuron alignment, the histogram of
-all logits) is an empty list, never a made-up number. `explanations.jsonl` has one explanation a line, for latents that a
-labeler named, with its scores.
+`batch-N.json` has the layout of SAEDashboard's batches, which Neuronpedia's converter reads: model_id, layer, sae_set,
+sae_id_suffix and a list of features with their logits, histogram and activating passages, 128 latents a file. What
+greatctl does not measure (neuron alignment, the histogram of all logits) is an empty list, never a made-up number, and a
+number that is not finite is null. `explanations.jsonl` has one explanation a line, for latents that a labeler named, under
+the field names of Neuronpedia's own, with its scores.
 
     frac_nonzero                density
     freq_hist_data_bar_values   lower edges of the bins that are used (half octaves), bar_heights their tokens
@@ -15,8 +16,12 @@ labeler named, with its scores.
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +35,10 @@ from .tables import bin_edges
 __all__ = ["BATCH", "Origin", "feature_json", "write_neuronpedia"]
 
 BATCH = 128  # latents a file
+_PIECE = 4096  # rows of a table held at once
+_EXAMPLES = ["latent", "kind", "decile", "activation", "pieces", "heat", "before"]
 _COLUMNS = [
-    "latent", "density", "max", "histogram", "top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits",
-    "cofiring", "cofiring_jaccard",
+    "latent", "fired", "density", "max", "histogram", "top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits",
 ]  # fmt: skip
 _EMPTY = (
     "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices",
@@ -63,24 +69,29 @@ def write_neuronpedia(
 ) -> int:
     """Write every latent that fires, from the feature tables in `tables`; returns how many.
 
+    The files appear together at the end: an export that was broken off leaves those of the one before.
+
     Args:
         labels: rows of labels.parquet by latent; fallbacks are no explanations and are left out.
         said: called with the number of latents written and their total.
     """
-    make_dir(folder)
-    fired = pq.read_table(tables / "latents.parquet", columns=["latent"], filters=pc.field("fired") > 0)
-    latents = fired["latent"].to_pylist()
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    make_dir(partial)
+    total = pq.read_table(tables / "latents.parquet", columns=["latent"], filters=pc.field("fired") > 0).num_rows
+    features = _features(tables, origin)
+    for number, start in enumerate(range(0, total, BATCH)):
+        batch = {"model_id": origin.model, "layer": origin.layer, "sae_set": origin.sae, "sae_id_suffix": None}
+        write_text(partial / f"batch-{number}.json", _line({**batch, "features": list(islice(features, BATCH))}))
+        said(min(start + BATCH, total), total)
+    named = [row for row in labels.values() if row["source"] == "labeler"]
+    write_text(partial / "explanations.jsonl", "".join(_line(_explanation(row, origin)) for row in named))
     for old in folder.glob("batch-*.json"):
         old.unlink()
-    for number, start in enumerate(range(0, len(latents), BATCH)):
-        features = list(_features(tables, latents[start : start + BATCH], origin))
-        batch = {"model_id": origin.model, "layer": origin.layer, "sae_set": origin.sae, "features": features}
-        write_text(folder / f"batch-{number}.json", json.dumps(batch, ensure_ascii=False, allow_nan=False) + "\n")
-        said(min(start + BATCH, len(latents)), len(latents))
-    named = [row for row in labels.values() if row["source"] == "labeler"]
-    lines = [json.dumps(_explanation(row, origin), ensure_ascii=False) + "\n" for row in named]
-    write_text(folder / "explanations.jsonl", "".join(lines))
-    return len(latents)
+    for new in partial.iterdir():
+        new.replace(folder / new.name)
+    partial.rmdir()
+    return total
 
 
 def feature_json(facts: Mapping[str, Any], passages: Sequence[Mapping[str, Any]], origin: Origin) -> dict[str, object]:
@@ -93,7 +104,7 @@ def feature_json(facts: Mapping[str, Any], passages: Sequence[Mapping[str, Any]]
         "neg_values": _rounded(facts["bottom_logits"]),
         "pos_str": facts["top_logit_tokens"],
         "pos_values": _rounded(facts["top_logits"]),
-        "frac_nonzero": facts["density"],
+        "frac_nonzero": _finite(facts["density"]),
         "freq_hist_data_bar_values": [edge for edge, _ in used],
         "freq_hist_data_bar_heights": [count for _, count in used],
         "n_prompts_total": origin.n_prompts,
@@ -103,14 +114,21 @@ def feature_json(facts: Mapping[str, Any], passages: Sequence[Mapping[str, Any]]
     }
 
 
-def _features(tables: Path, latents: Sequence[int], origin: Origin) -> Iterator[dict[str, object]]:
-    chosen = pc.field("latent").isin(list(latents))
-    examples: dict[int, list[dict[str, Any]]] = {}
-    columns = ["latent", "kind", "decile", "activation", "pieces", "heat", "before"]
-    for row in pq.read_table(tables / "examples.parquet", columns=columns, filters=chosen).to_pylist():
-        examples.setdefault(row["latent"], []).append(row)
-    for facts in pq.read_table(tables / "latents.parquet", columns=_COLUMNS, filters=chosen).to_pylist():
-        yield feature_json(facts, examples.get(facts["latent"], []), origin)
+def _features(tables: Path, origin: Origin) -> Iterator[dict[str, object]]:
+    """Every latent that fires with its passages; both tables lie in the order of latents and are read once, in pieces."""
+    by_latent = groupby(_rows(tables / "examples.parquet", _EXAMPLES), key=itemgetter("latent"))
+    at, passages = next(by_latent, (-1, iter(())))
+    for facts in _rows(tables / "latents.parquet", _COLUMNS):
+        while 0 <= at < facts["latent"]:
+            at, passages = next(by_latent, (-1, iter(())))
+        if facts["fired"] > 0:
+            yield feature_json(facts, list(passages) if at == facts["latent"] else [], origin)
+
+
+def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        for piece in file.iter_batches(_PIECE, columns=columns):
+            yield from piece.to_pylist()
 
 
 def _activation(row: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, object]:
@@ -142,7 +160,15 @@ def _share(histogram: Sequence[int], low: float, high: float) -> float:
 def _explanation(row: Mapping[str, Any], origin: Origin) -> dict[str, object]:
     """One line of explanations.jsonl."""
     scores = [
-        {"scorer": name, "value": row[name], "shuffled": row[f"{name}_shuffled"], "n": row[f"n_{name}"]}
+        {
+            "explanationScoreTypeName": f"greatctl_{name}",
+            "explanationScoreModelName": row["labeler"],
+            "value": row[name],
+            "low": row.get(f"{name}_low"),
+            "high": row.get(f"{name}_high"),
+            "shuffled": row[f"{name}_shuffled"],
+            "n": row[f"n_{name}"],
+        }
         for name in ("detection", "fuzzing")
         if row[name] is not None
     ]
@@ -152,10 +178,19 @@ def _explanation(row: Mapping[str, Any], origin: Origin) -> dict[str, object]:
         "layer": f"{origin.layer}-{origin.sae}",
         "index": str(row["latent"]),
         "description": words,
+        "typeName": "greatctl_passages",
         "explanationModelName": row["labeler"],
         "scores": scores,
     }
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(float(value), 3) for value in values]
+def _line(value: Mapping[str, object]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    return [_finite(round(value, 3)) for value in map(float, values)]

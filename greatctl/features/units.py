@@ -18,7 +18,7 @@ from scipy import sparse
 
 from ..errors import UsageError
 
-__all__ = ["FACTORS", "Cells", "Documents", "columns_of", "gather", "positive_role"]
+__all__ = ["FACTORS", "Cells", "Documents", "Parts", "average", "columns_of", "gather", "positive_role"]
 
 FACTORS = ("era", "genre", "topic", "translated")
 POSITIVE = ("character", "seed")
@@ -28,6 +28,21 @@ _NAMES = ("work", "source_id", "character", "unit", "author")  # by which a cont
 Floats = NDArray[np.float64]
 # rows, columns, or a table of pyarrow, pandas or polars
 Documents = Sequence[Mapping[str, object]] | Mapping[str, Sequence[object]] | Any
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Pieces of text, of which a work can be made from fewer.
+
+    Attributes:
+        values: mean activations [n_parts, n_latents].
+        amount: how much text each is [n_parts], in windows or tokens.
+        of: what each is a part of [n_parts]: a row of the documents for `gather`, a work in `Cells`.
+    """
+
+    values: NDArray
+    amount: Floats
+    of: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ class Cells:
         matched: [n_pairs, n_latents], a control's matched works (equally by author) minus the control, one row a
             control that names works or characters in `matches`; matched_names are those controls.
         unit: what an author is called (`author`, or `subject` where subjects took the authors' place).
+        parts: the works' parts, by which authors can be made alike in how much text they have; None if unknown.
     """
 
     means: Floats
@@ -71,6 +87,7 @@ class Cells:
     matched: Floats
     matched_names: list[str] = field(default_factory=list)
     unit: str = "author"
+    parts: Parts | None = None
 
 
 def positive_role(role: object) -> bool:
@@ -128,7 +145,9 @@ def _none_for_nan(value: object) -> object:
     return None if isinstance(value, float) and value != value else value
 
 
-def gather(activations: NDArray, documents: Documents, weights: NDArray | None = None) -> Cells:
+def gather(
+    activations: NDArray, documents: Documents, weights: NDArray | None = None, *, parts: Parts | None = None
+) -> Cells:
     """Average rows into cells and authors.
 
     Args:
@@ -136,6 +155,7 @@ def gather(activations: NDArray, documents: Documents, weights: NDArray | None =
         documents: one row each, with author, work, role, and where known era, genre, topic, translated, split,
             hard (bool) and matches (a list, or text with commas, of works, source ids or characters).
         weights: [n_rows] windows (or tokens) behind each row; default 1.
+        parts: of the rows, where a row is more than a window; default: each row is a part.
 
     Raises:
         UsageError: lengths differ, a number is not finite, or a row has no author or an unknown role.
@@ -149,16 +169,16 @@ def gather(activations: NDArray, documents: Documents, weights: NDArray | None =
     kept = [i for i, a in enumerate(columns["author"]) if str(a) not in ambiguous]
     keys = [tuple(str(columns[c][i]) for c in ("author", "work", *FACTORS)) for i in kept]
     order, cell = _index(keys)
-    means = _average(values, kept, cell, weight, len(order))
+    means = average(values, kept, cell, weight, len(order))
     first = {key: i for i, key in zip(reversed(kept), reversed(keys), strict=True)}
     rows = [first[key] for key in order]
     authors, author = _index([key[0] for key in order])
     works, work = _index([key[:2] for key in order])
     # windows of a work that change their topic make several cells, but the work still counts once
     cell_weight = np.asarray(np.bincount(cell, weight[kept], len(order)), dtype=np.float64)
-    work_means = _average(means, range(len(order)), work, cell_weight, len(works))
+    work_means = average(means, range(len(order)), work, cell_weight, len(works))
     work_author = np.array([authors.index(w[0]) for w in works], dtype=np.int64)
-    author_means = _average(work_means, range(len(works)), work_author, np.ones(len(works)), len(authors))
+    author_means = average(work_means, range(len(works)), work_author, np.ones(len(works)), len(authors))
     role = np.array([positive[i] for i in rows], dtype=np.float64)
     author_role = np.zeros(len(authors), dtype=bool)
     author_role[author] = role > 0
@@ -168,10 +188,11 @@ def gather(activations: NDArray, documents: Documents, weights: NDArray | None =
     hard = _by_author(work_author, [any(columns["hard"][i] is True for i in found) for found in of_work], len(authors))
     factors, levels = _factors(columns, kept, order)
     pairs, names = _matched(columns, of_work, work_means, work_author, author_role, author_means)
+    pieces = _of_works(parts or Parts(values, weight, np.arange(len(values))), of_work)
     return Cells(
         means, author, role, factors, levels, authors, author_means, author_role, held, ambiguous,
         work_means, work_author, np.array([found == {HELD_OUT_WORK} for found in split], dtype=bool),
-        hard & ~author_role, pairs, [authors[i] for i in names],
+        hard & ~author_role, pairs, [authors[i] for i in names], parts=pieces,
     )  # fmt: skip
 
 
@@ -190,6 +211,15 @@ def _rows_of_works(
     for i in kept:
         found[place[str(columns["author"][i]), str(columns["work"][i])]].append(i)
     return found
+
+
+def _of_works(parts: Parts, of_work: Sequence[Sequence[int]]) -> Parts:
+    """The parts of rows as parts of works; -1 where the row was left out."""
+    n_rows = int(parts.of.max(initial=-1)) + 1
+    work = np.full(n_rows, -1, dtype=np.int64)
+    for number, rows in enumerate(of_work):
+        work[[row for row in rows if row < n_rows]] = number
+    return Parts(parts.values, parts.amount, work[parts.of])
 
 
 def _by_author(
@@ -235,7 +265,7 @@ def _matched(
         works = sorted({work for name in names for work in named.get(name, ())})
         if works:
             _, group = np.unique(work_author[works], return_inverse=True)
-            by_author = _average(work_means, works, group, np.ones(len(work_means)), int(group.max()) + 1)
+            by_author = average(work_means, works, group, np.ones(len(work_means)), int(group.max()) + 1)
             pairs.append(by_author.mean(axis=0) - author_means[author])
             controls.append(author)
     return np.array(pairs).reshape(len(pairs), work_means.shape[1]), controls
@@ -266,7 +296,9 @@ def _index(keys: Sequence[Hashable]) -> tuple[list, NDArray[np.int64]]:
     return order, np.array([place[key] for key in keys], dtype=np.int64)
 
 
-def _average(values: NDArray, rows: Sequence[int], group: NDArray[np.int64], weight: Floats, n_groups: int) -> Floats:
+def average(
+    values: NDArray, rows: Sequence[int] | NDArray, group: NDArray[np.int64], weight: Floats, n_groups: int
+) -> Floats:
     """Weighted means of `values[rows]` by group, [n_groups, n_columns] float64."""
     at = np.asarray(rows, dtype=np.int64)
     membership = sparse.csr_array((weight[at], (group, np.arange(len(at)))), shape=(n_groups, len(at)))

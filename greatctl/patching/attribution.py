@@ -14,8 +14,10 @@ layers. It is the first term of a series, and misleads where the rest is not sma
   sites there; `eap-ig-activations` moves the site itself, one layer at a time, which costs a run a layer and
   step. The attributions of a layer then sum to the effect of patching all of it, the better the more steps.
 
-Of AtP* this is the QK-fix alone. Its other part, GradDrop, which leaves out one layer's gradient at a time so that
-effects that cancel in a sum still show, is not here; cells that cancel are for `verify` and `eap-ig` to find.
+* where the ways from a site to the logits cancel in the sum. `attribution-drop` (AtP* in whole: GradDrop, and the
+  QK-fix at q and k) takes the gradient once for each block with that block's part left out, and the mean of the
+  absolute values: a size without a direction. Here it has the sign that leads to the other run, so that tables read
+  as always. It costs half as many ways back as there are blocks.
 
 Nothing here replaces a patch. `calibration` says how far the estimates can be believed.
 """
@@ -36,13 +38,15 @@ from .cells import Plan, plan_of
 from .gradients import Passed, Tape, cotangents, must_be_differentiable
 from .latents import Latents
 from .memory import tokens_at_once
+from .metrics import measure
 from .pairs import EncodedPair
 from .runs import Edit, Group, ends, prepare, widened
 from .sites import Donor
 
-__all__ = ["METHODS", "LatentScores", "Path", "latent_scores", "node_scores", "path"]
+__all__ = ["DROP", "METHODS", "LatentScores", "Path", "latent_scores", "must_have_direction", "node_scores", "path"]
 
-METHODS = ("attribution", "attribution-qk", "eap-ig", "eap-ig-activations")
+DROP = "attribution-drop"
+METHODS = ("attribution", "attribution-qk", DROP, "eap-ig", "eap-ig-activations")
 PATTERN = "attn.hook_pattern"
 Table = dict[str, dict[int, torch.Tensor]]
 
@@ -88,7 +92,7 @@ def node_scores(
         group: prepared pairs, with the site (`prepare(model, pairs, "z")`).
         metrics: name -> differentiable metric.
         direction: `denoising` or `noising`.
-        method: one of `METHODS`; the QK-fix changes q and k alone.
+        method: one of `METHODS`; the QK-fix changes q and k alone. `attribution-drop` gives sizes, see above.
         steps: points of integrated gradients.
         positions: `each`, `spans` or `all`; not looked at with a plan.
         plan: the places, where they are known.
@@ -107,7 +111,7 @@ def node_scores(
         for tapes, layers in work.tapes(point):
             _, back = cotangents(metrics, group, [tape.logits for tape in tapes])
             for number, tape in enumerate(tapes):
-                for passed in tape.back(tape.ending(back[number]), down_to=min(layers)):
+                for passed in tape.back(tape.ending(back[number]), down_to=min(layers), drops=method == DROP):
                     if passed.block.layer in layers:
                         work.add(number, passed, point.weight)
     return work.table()
@@ -128,7 +132,7 @@ class _Nodes:
         self.model, self.group, self.metrics, self.direction, self.plan = model, group, metrics, direction, plan
         self.method, self.base = method, ends(direction)[0]
         self.layers = sorted(group.values)
-        self.fixes = method == "attribution-qk" and group.site.name in ("q", "k")
+        self.fixes = method in ("attribution-qk", DROP) and group.site.name in ("q", "k")
         self.sums: dict[int, torch.Tensor] = {}
 
     def kind(self, layer: int) -> str:
@@ -184,7 +188,7 @@ class _Nodes:
         return branch.values[layer][self.base], self.group.donor(self.direction, layer, number)
 
     def add(self, number: int, passed: Passed, weight: float) -> None:
-        """Add a block's share [k, b, units, places]."""
+        """Add a block's share [k, b, units, places], of all k gradients that it has."""
         layer, mask = passed.block.layer, self.plan.masks[number]
         old, new = self._ends(number, layer)
         if self.fixes:
@@ -197,10 +201,30 @@ class _Nodes:
 
     def table(self) -> Table:
         exists = self.plan.exists.T[:, None]
+        sums = self._sizes() if self.method == DROP else self.sums
         return {
-            name: {layer: torch.where(exists, total[at].cpu(), torch.nan) for layer, total in sorted(self.sums.items())}
+            name: {layer: torch.where(exists, total[at].cpu(), torch.nan) for layer, total in sorted(sums.items())}
             for at, name in enumerate(self.metrics)
         }
+
+    def _sizes(self) -> dict[int, torch.Tensor]:
+        """layer -> [k, b, units, places]: the mean over dropped blocks, with the sign of the way to the other run. A
+        block below the site changes nothing for it, and one that holds the site has no estimate of it."""
+        base, source = ends(self.direction)
+        gaps = []
+        for name, metric in self.metrics.items():
+            both = [
+                measure(name, metric, self.group.logits[run], self.group.end_answers(run)) for run in (source, base)
+            ]
+            gaps.append(both[0] - both[1])
+        sign = torch.stack(gaps).sign()[:, :, None, None]
+        n, found = self.model.n_layers, {}
+        without = 0 if self.group.site.whole else 1
+        for layer, total in self.sums.items():
+            rows = total.unflatten(0, (-1, len(self.metrics))).abs()
+            mean = (rows[1:].sum(0) + layer * rows[0]) / (n - without) if n > without else rows[0]
+            found[layer] = sign.to(mean) * mean
+        return found
 
 
 def contributions(group: Group, old: torch.Tensor, new: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -256,8 +280,12 @@ def latent_scores(
         site: the SAE at its hook point; which latents it has chosen does not matter.
         layer: the hook point's layer.
         metric: differentiable.
-        direction, method, steps: as in `node_scores`.
+        direction, method, steps: as in `node_scores`; not `attribution-drop`.
+
+    Raises:
+        UsageError: the metric has no gradient, or the method no direction.
     """
+    must_have_direction(method)
     group = prepare(model, pairs, Latents(site.sae, site.hook_point, special_ids=sorted(site.skips)), layers=[layer])
     must_be_differentiable({"": metric})
     work = _Nodes(model, group, {"": metric}, direction, method, plan_of(group, direction, "all"))
@@ -276,6 +304,20 @@ def latent_scores(
                 errors = (work._ends(number, layer)[1] - work._ends(number, layer)[0])[..., d:]
                 error = error + point.weight * (errors * grad).sum((1, 2)).double().cpu()
     return LatentScores(latents, error)
+
+
+def must_have_direction(method: str) -> None:
+    """Refuse sizes where signed estimates are summed or chosen by.
+
+    Raises:
+        UsageError: the method is `attribution-drop`.
+    """
+    if method == DROP:
+        raise UsageError(
+            f"--method {DROP} estimates nodes alone",
+            why="it gives sizes without a direction, block by block",
+            fix="use attribution or eap-ig",
+        )
 
 
 def between(model: Any, group: Group, direction: str, number: int, at: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from functools import cached_property
 
 import torch
 
+from .pairs import EncodedPair
 from .runs import Group, ends
 
 __all__ = ["Batch", "Place", "Plan", "batches_of", "places_of", "plan_of"]
@@ -78,18 +79,18 @@ class Plan:
         return self.first >= 0
 
 
-def places_of(group: Group, positions: str) -> list[Place]:
-    """The places of a group's table: `each`, `spans` or `all`."""
+def places_of(pairs: Sequence[EncodedPair], positions: str) -> list[Place]:
+    """The places of the table of a group's pairs: `each`, `spans` or `all`."""
     if positions == "each":
-        return [Place(position=at) for at in range(len(group.pairs[0].clean_ids))]
+        return [Place(position=at) for at in range(len(pairs[0].clean_ids))]
     if positions == "all":
         return [Place(span="all")]
-    return [Place(span=name) for name in dict.fromkeys(name for pair in group.pairs for name in pair.spans)]
+    return [Place(span=name) for name in dict.fromkeys(name for pair in pairs for name in pair.spans)]
 
 
-def plan_of(group: Group, direction: str, positions: str) -> Plan:
-    """Places, and what each of them changes in each pair."""
-    places = places_of(group, positions)
+def plan_of(group: Group, direction: str, positions: str | Sequence[Place]) -> Plan:
+    """Places (or the names of `places_of`), and what each of them changes in each pair."""
+    places = places_of(group.pairs, positions) if isinstance(positions, str) else positions
     base, _ = ends(direction)
     masks = []
     for number, branch in enumerate(group.branches):

@@ -6,9 +6,9 @@ MLP one, the logits one. The receiver's norm is part of the gradient. All sender
 the block in one matrix product, so the 830 thousand edges of an 8B model cost little more than its nodes.
 
 Every input's gradient exists for one block at a time (see `gradients`); what stays are the senders' changes, and pairs
-are taken in parts where these would fill the memory. `attribution-qk` computes for edges into queries and keys
-the attention pattern that the changed query or key gives, exactly, norm included; only what follows from the
-pattern is then estimated.
+are taken in parts where these would fill the memory. By position a table is as many times larger, so that is asked
+for a list of edges. `attribution-qk` computes for edges into queries and keys the attention pattern that the changed
+query or key gives, exactly, norm included; only what follows from the pattern is then estimated.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
 from ..extend.contracts import PatchMetric
-from .attribution import PATTERN, Path, between, path, pattern_of
-from .cells import plan_of
+from .attribution import PATTERN, Path, between, must_have_direction, path, pattern_of
+from .cells import Place, places_of, plan_of
 from .gradients import Block, Passed, Tape, cotangents, must_be_differentiable
-from .graph import Graph, graph
+from .graph import Edge, Graph, Input, graph
 from .memory import free_bytes, tokens_at_once
 from .pairs import EncodedPair
 from .runs import Edit, ends, prepare, widened
@@ -43,12 +42,15 @@ class GraphScores:
     """Estimated effects of patching each sender, and each edge alone.
 
     Attributes:
-        graph: names; `nodes` go with `graph.senders`, `edges` with `graph.edges`, in order.
+        graph: names; `nodes` go with `graph.senders`, in order.
+        places: where along the prompt an edge is patched.
         nodes: metric -> [b, senders] on the CPU: the sender patched at all positions, through every way.
-        edges: metric -> [b, edges], or [b, edges, p] by position.
+        edges: metric -> [b, n, places] on the CPU, NaN where a pair has no such place: the edges that were asked for, in
+            their order, or all of `graph.edges`.
     """
 
     graph: Graph
+    places: Sequence[Place]
     nodes: dict[str, torch.Tensor]
     edges: dict[str, torch.Tensor]
 
@@ -61,7 +63,8 @@ def edge_scores(
     *,
     method: str = "attribution",
     steps: int = 5,
-    each: bool = False,
+    positions: str = "all",
+    edges: Sequence[Edge] | None = None,
 ) -> GraphScores:
     """Estimated effect of every edge, and on the way of every sender.
 
@@ -70,29 +73,27 @@ def edge_scores(
         pairs: b pairs of the same two lengths.
         metrics: name -> differentiable metric.
         direction: `denoising` or `noising`.
-        method: one of `attribution.METHODS`; `eap-ig-activations` moves one layer's heads, or one MLP, at a time.
+        method: one of `attribution.METHODS` but `attribution-drop`; `eap-ig-activations` moves one layer's heads, or one
+            MLP, at a time.
         steps: points of integrated gradients.
-        each: keep the positions apart (of the receiver, which are the sender's).
+        positions: `each`, `spans`, or `all` for all positions at once; an edge's sender and receiver share a position.
+        edges: which are kept, default all.
 
     Raises:
-        UsageError: a metric has no gradient, or the engine is not lean.
+        UsageError: a metric has no gradient, the method no direction, an edge is not of this model, or the engine is not lean.
     """
     must_be_differentiable(metrics)
-    if each and method == "attribution-qk":
-        raise UsageError(
-            "attribution-qk gives no scores by position for edges",
-            why="a pattern is computed once a sender, with its change at all positions",
-            fix="leave the positions together, or use attribution",
-        )
+    must_have_direction(method)
+    places = places_of(pairs, positions)
     size = _together(model, len(pairs[0].clean_ids), len(pairs))
     found = []
     for first in range(0, len(pairs), size):
-        work = _Edges(model, pairs[first : first + size], metrics, direction, method, each)
+        work = _Edges(model, pairs[first : first + size], metrics, direction, method, places, edges)
         found.append(work.run(steps))
     both = [
         {name: torch.cat([part[at][number] for part in found]) for number, name in enumerate(metrics)} for at in (0, 1)
     ]
-    return GraphScores(graph(model), both[0], both[1])
+    return GraphScores(graph(model), places, both[0], both[1])
 
 
 def _together(model: Any, p: int, n: int) -> int:
@@ -112,27 +113,26 @@ class _Edges:
         metrics: Mapping[str, PatchMetric],
         direction: str,
         method: str,
-        each: bool,
+        places: Sequence[Place],
+        edges: Sequence[Edge] | None,
     ) -> None:
-        self.model, self.metrics, self.direction, self.method, self.each = model, metrics, direction, method, each
+        self.model, self.metrics, self.direction, self.method = model, metrics, direction, method
         self.graph = graph(model)
+        self.together = [place.span for place in places] == ["all"]
         self.base = ends(direction)[0]
         mlps = [f"blocks.{layer}.{_MLP}" for layer in range(model.n_layers)]
         self.group = prepare(model, pairs, "z", layers=range(model.n_layers), more=mlps)
         self.mask = [mask[0] for mask in plan_of(self.group, direction, "all").masks]
+        self.plan = plan_of(self.group, direction, places)
         self.changes = [self._changes(number) for number in range(len(self.group.branches))]
-        b, p = self.group.branches[0].tokens[self.base].shape
+        self.wanted = _columns(self.graph, edges)
+        n = sum(len(columns) for _, columns in self.wanted.values())
         kind = {"device": model.device, "dtype": torch.promote_types(self.changes[0].dtype, torch.float32)}
-        self.nodes = torch.zeros(len(metrics), b, len(self.graph.senders), **kind)
-        self.edges = torch.zeros(len(metrics), b, self.graph.n_edges, *([p] if each else []), **kind)
-        starts, at = {}, 0
-        for one in self.graph.inputs:
-            starts[one] = at
-            at += self.graph.reach(one)
-        self.starts = starts
+        self.nodes = torch.zeros(len(metrics), len(pairs), len(self.graph.senders), **kind)
+        self.edges = torch.zeros(len(metrics), len(pairs), n, len(places), **kind)
 
     def run(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(nodes [k, b, senders], edges [k, b, edges]) on the CPU."""
+        """(nodes [k, b, senders], edges [k, b, n, places]) on the CPU."""
         for point in path(self.method, steps):
             for tapes, low, high, first in self._tapes(point):
                 _, back = cotangents(self.metrics, self.group, [tape.logits for tape in tapes])
@@ -141,7 +141,8 @@ class _Edges:
                     self._at_logits(number, ending, low, high, point.weight)
                     for passed in tape.back(ending, down_to=first):
                         self._at_block(number, passed, low, high, point.weight)
-        return self.nodes.cpu(), self.edges.cpu()
+        exists = self.plan.exists.T[:, None]
+        return self.nodes.cpu(), torch.where(exists, self.edges.cpu(), torch.nan)
 
     def _tapes(self, point: Path) -> Iterator[tuple[list[Tape], int, int, int]]:
         """The runs of one point of the path, a tape a branch, which senders (low … high - 1) are read off them, and the
@@ -217,7 +218,7 @@ class _Edges:
         own = self.graph.inputs_of(layer)
         self._senders(number, passed, low, high, weight)
         reach = min(high, self.graph.reach(own[-1]))
-        if low < reach:
+        if low < reach and own[-1] in self.wanted:
             back = torch.stack([block.pull(_MLP, one[None], to=_MID)[0] for one in passed.grads[_MLP]])
             self._put(own[-1], self._products(number, back[:, :, None], low, reach), low, reach, weight)
         reach = min(high, self.graph.reach(own[0]))
@@ -226,14 +227,16 @@ class _Edges:
         at = 0
         for slot, kind in _SLOTS.items():
             heads = passed.grads[kind].shape[3]
+            here, at = own[at : at + heads], at + heads
+            if not any(one in self.wanted for one in here):
+                continue
             if self.method == "attribution-qk" and slot != "v":
-                found = self._with_exact_patterns(number, passed, slot, low, reach)
+                found = self._with_exact_patterns(number, passed, here, low, reach)
             else:
                 parts = _input_gradients(block, kind, passed.grads[kind])
                 found = torch.cat([self._products(number, part, low, reach) for part in parts], dim=2)
-            for head in range(heads):
-                self._put(own[at + head], found[:, :, head : head + 1], low, reach, weight)
-            at += heads
+            for head, one in enumerate(here):
+                self._put(one, found[:, :, head : head + 1], low, reach, weight)
 
     def _senders(self, number: int, passed: Passed, low: int, high: int, weight: float) -> None:
         """Nodes of a block (and the embedding at the first): change times gradient at the sender itself."""
@@ -250,36 +253,71 @@ class _Edges:
             self.nodes[:, :, at + n] += weight * (change * widened(passed.grads[_MLP])).sum((2, 3))
 
     def _products(self, number: int, back: torch.Tensor, low: int, high: int) -> torch.Tensor:
-        """[k, b, R, senders] (or [k, b, R, senders, p]) of input gradients [k, b, R, p, d] with senders' changes."""
+        """[k, b, R, senders, places] of input gradients [k, b, R, p, d] with senders' changes."""
         change = self.changes[number][:, low:high]
-        if self.each:
-            return widened(torch.einsum("kbrpd,bspd->kbrsp", back, change))
-        return widened(back.flatten(3) @ change.flatten(2).transpose(1, 2))
+        if self.together:
+            return widened(back.flatten(3) @ change.flatten(2).transpose(1, 2))[..., None]
+        each = widened(torch.einsum("kbrpd,bspd->kbrsp", back, change))
+        return torch.einsum("kbrsp,wbp->kbrsw", each, self.plan.masks[number].to(each.dtype))
 
-    def _put(self, one: Any, found: torch.Tensor, low: int, high: int, weight: float) -> None:
-        """Add the scores of one input [k, b, 1, senders, …]."""
-        start = self.starts[one]
-        self.edges[:, :, start + low : start + high] += weight * found[:, :, 0]
+    def _put(self, one: Input, found: torch.Tensor, low: int, high: int, weight: float) -> None:
+        """Add the scores of one input [k, b, 1, senders low … high - 1, places] where they are wanted."""
+        senders, columns = self.wanted.get(one, ((), ()))
+        if isinstance(columns, range):  # every sender, in order
+            self.edges[:, :, columns[low] : columns[low] + high - low] += weight * found[:, :, 0]
+            return
+        some = [at for at, sender in enumerate(senders) if low <= sender < high]
+        there = [senders[at] - low for at in some]
+        self.edges[:, :, [columns[at] for at in some]] += weight * found[:, :, 0, there]
 
-    def _with_exact_patterns(self, number: int, passed: Passed, slot: str, low: int, high: int) -> torch.Tensor:
-        """[k, b, heads, senders]: for each sender the patterns that its change of all queries (or keys) of the block
-        gives. Heads do not see each other's queries and keys, so one run serves all of them."""
-        block, change = passed.block, self.changes[number]
+    def _with_exact_patterns(
+        self, number: int, passed: Passed, inputs: Sequence[Input], low: int, high: int
+    ) -> torch.Tensor:
+        """[k, b, inputs, senders, places] of the queries (or keys) of a block: for each sender the patterns that its
+        change of all of them gives. Heads do not see each other's queries and keys, so one run serves all of them."""
+        block, masks = passed.block, self.plan.masks[number]
         before, grad = block.values[PATTERN].detach(), widened(passed.grads[PATTERN])
-        other = "attn.hook_k" if slot == "q" else "attn.hook_q"
+        other = "attn.hook_k" if inputs[0].slot == "q" else "attn.hook_q"
         fixed, entering = block.values[other].detach(), block.entering.detach()
         k, b, p = len(grad), *entering.shape[:2]
-        found = grad.new_zeros(k, b, passed.grads[_SLOTS[slot]].shape[3], high - low)
+        found = grad.new_zeros(k, b, len(inputs), high - low, len(masks))
+        wanted = sorted({s for one in inputs for s in self.wanted.get(one, ((),))[0] if low <= s < high})
+        if not wanted:
+            return found
+        senders, places = torch.cartesian_prod(torch.tensor(wanted), torch.arange(len(masks))).T
         size = max(1, tokens_at_once(self.model.device) // (b * p))
-        for first in range(low, high, size):
-            some = change[:, first : min(first + size, high)].transpose(0, 1)  # [s, b, p, d]
+        for sender, place in zip(senders.split(size), places.split(size), strict=True):
+            some = self.changes[number][:, sender].transpose(0, 1) * masks[place][..., None]  # [s, b, p, d]
             s = len(some)
             hold = Edit(f"blocks.{block.layer}.{other}", lambda value, s=s: fixed.repeat(s, 1, 1, 1).to(value.dtype))
             after = pattern_of(self.model, block.layer, (entering + some).flatten(0, 1), [hold]).unflatten(0, (s, b))
             effect = (widened(after - before) * grad[:, None]).sum((-1, -2))  # [k, s, b, query heads]
-            effect = effect.unflatten(3, (found.shape[2], -1)).sum(4)
-            found[:, :, :, first - low : first - low + s] = effect.permute(0, 2, 3, 1)
+            effect = effect.unflatten(3, (len(inputs), -1)).sum(4)
+            found[:, :, :, sender - low, place] = effect.permute(0, 2, 3, 1)
         return found
+
+
+def _columns(own: Graph, edges: Sequence[Edge] | None) -> dict[Input, tuple[Sequence[int], Sequence[int]]]:
+    """input -> (the senders that are kept, in order; the column of each).
+
+    Raises:
+        UsageError: an edge is not of this model.
+    """
+    found: dict[Input, tuple[Sequence[int], Sequence[int]]] = {}
+    if edges is None:
+        at = 0
+        for one in own.inputs:
+            reach = own.reach(one)
+            found[one], at = (range(reach), range(at, at + reach)), at + reach
+        return found
+    alike: dict[Input, list[tuple[int, int]]] = {}
+    for column, edge in enumerate(edges):
+        known = own.edge(edge.name)
+        alike.setdefault(known.receiver, []).append((own.index(known.sender), column))
+    for one, some in alike.items():
+        senders, columns = zip(*sorted(some), strict=True)
+        found[one] = senders, columns
+    return found
 
 
 def _input_gradients(block: Block, kind: str, back: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..extend.contracts import PatchMetric
 from .cells import Place, Plan, plan_of
@@ -137,8 +139,12 @@ class EdgeSweep:
         self.ends = [self._unpatched(run) for run in (0, 1)]
 
     @torch.no_grad()
-    def run(self, step: Step) -> dict[str, torch.Tensor]:
+    def run(self, step: Step, only: NDArray[np.bool_] | None = None) -> dict[str, torch.Tensor]:
         """metric -> value of the patched run [b, edges, places], float64 on the CPU, after the step's self-checks.
+
+        Args:
+            step: one of `steps`.
+            only: [edges, places] the cells to run, default all; the others are NaN.
 
         Raises:
             StageError: a self-check failed; names the input.
@@ -146,12 +152,14 @@ class EdgeSweep:
             ResourceError: not even one task fits into memory.
         """
         tasks, base = self.tasks(step), ends(self.direction)[0]
-        self._halving.each(1, lambda begin, end: check_step(self, step, tasks))
         exists = self.plan.exists.T[:, None]
-        table = {
-            name: torch.where(exists, value[:, None, None], torch.nan).repeat(1, len(step.edges), 1)
-            for name, value in self.ends[base].items()
-        }
+        if only is not None:
+            wanted = torch.from_numpy(only)
+            tasks = Tasks(*(column[wanted[tasks.edges, tasks.places]] for column in tasks))
+            exists = exists & wanted
+        self._halving.each(1, lambda begin, end: check_step(self, step, tasks))
+        exists = exists.expand(-1, len(step.edges), -1)
+        table = {name: torch.where(exists, value[:, None, None], torch.nan) for name, value in self.ends[base].items()}
 
         def work(begin: int, end: int) -> None:
             some = tasks.part(begin, end)

@@ -26,6 +26,7 @@ from .runs import Edit, Group, score, widened, with_scores
 __all__ = ["Block", "Tape", "cotangents", "must_be_differentiable"]
 
 POST = "hook_resid_post"
+STREAM = ("hook_resid_pre", "hook_resid_mid", POST)
 _SHARE = 0.3  # of the free memory, for graphs that are kept
 
 
@@ -159,18 +160,28 @@ class Tape:
         """Gradients [k, b, p, d] at the last residual, for k gradients `back` [k, b, m, V] at the logits."""
         return torch.stack([torch.autograd.grad(self._out, self._end, one, retain_graph=True)[0] for one in back])
 
-    def back(self, ending: torch.Tensor, *, down_to: int | None = None) -> Iterator[Passed]:
+    def back(self, ending: torch.Tensor, *, down_to: int | None = None, drops: bool = False) -> Iterator[Passed]:
         """The blocks from the last one down, each with its gradients; a block's graph is dropped when the next is asked for.
 
         Args:
             ending: [k, b, p, d], from `ending`.
             down_to: the last block to visit (default: the first of the run).
+            drops: give k gradients more for each block that was visited, this one included, which leave out what flows
+                through that block and keep the way around it: first the k that leave out nothing, then those
+                without the last block, and so on down to those without this one.
         """
-        here = ending
+        here, k = ending, len(ending)
         last = self.first if down_to is None else down_to
         for layer in range(self.model.n_layers - 1, last - 1, -1):
             block = self._kept.pop(layer, None) or self._block(layer)
+            around = here[:k]
             here, grads = block.gradients(here, self.kinds)
+            if drops:
+                here = torch.cat([here, around])
+                grads = {
+                    kind: torch.cat([some, around if kind in STREAM else torch.zeros_like(some[:k])])
+                    for kind, some in grads.items()
+                }
             yield Passed(block, here, grads)
             del block, grads
 

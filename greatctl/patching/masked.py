@@ -267,6 +267,11 @@ class _Mixing:
         those = torch.tensor([not used.isdisjoint(senders) for used in self._used])
         return those[self._which].nonzero()[:, 0].to(self._rows.device)
 
+    def _of_set(self, some: torch.Tensor) -> list[torch.Tensor]:
+        """The rows `some` [r] of each set; they stand in the order of the sets."""
+        which = self._which[some.cpu()]
+        return [some[(which == number).to(some.device)] for number in range(len(self._sets))]
+
     def _heads(self, layer: int, inputs: Sequence[Input], past: Any) -> None:
         first = self._graph.index(Node("head", layer, 0))
         heads = [head for head in range(self._graph.n_heads) if first + head in self._column]
@@ -287,21 +292,23 @@ class _Mixing:
     def _mixed(self, inputs: Sequence[Input], some: torch.Tensor, m: int = 0) -> torch.Tensor:
         """What inputs of one kind read in the rows `some` [r]: the other run's stream and the kept senders' differences,
         [r, q, inputs, d_model], of the last m positions only where m is not 0."""
-        keeps = [[kept.get(one, ()) for one in inputs] for kept in self._sets]
-        columns = sorted({self._column[at] for row in keeps for senders in row for at in senders})
-        place = {column: at for at, column in enumerate(columns)}
         other = self._other[stream_site(inputs[0], self._graph)][self._rows[some], self._start :][:, -m:]
-        weights = torch.zeros(len(keeps), len(inputs), len(columns), dtype=other.dtype)
-        for row, kept in enumerate(keeps):
-            for number, senders in enumerate(kept):
-                weights[row, number, [place[self._column[at]] for at in senders]] = 1
-        weights = weights[self._which].to(other.device)[some]
-        if len(some) == len(self._rows) and len(columns) == len(self._column):
-            read = self._differences
-        else:
-            read = self._differences[some[:, None], torch.tensor(columns, dtype=torch.long, device=some.device)]
-        added = (weights @ read[:, :, -m:].flatten(2)).unflatten(2, other.shape[1:])
-        return (other.unsqueeze(1) + added).transpose(1, 2)
+        read = other.unsqueeze(1).repeat(1, len(inputs), 1, 1)
+        at = 0
+        for rows, kept in zip(self._of_set(some), self._sets, strict=True):
+            here = slice(at, at + len(rows))
+            at += len(rows)
+            keeps = [kept.get(one, ()) for one in inputs]
+            columns = sorted({self._column[sender] for senders in keeps for sender in senders})
+            if not len(rows) or not columns:
+                continue
+            weights = torch.zeros(len(inputs), len(columns), dtype=other.dtype)
+            for number, senders in enumerate(keeps):
+                weights[number, [columns.index(self._column[sender]) for sender in senders]] = 1
+            those = rows[:, None], torch.tensor(columns, device=rows.device)
+            change = self._differences[those][:, :, -m:].flatten(2)
+            read[here] += (weights.to(change.device) @ change).unflatten(2, other.shape[1:])
+        return read.transpose(1, 2)
 
     def _keep(self, sender: int, some: torch.Tensor, value: torch.Tensor, other: torch.Tensor) -> None:
         wide, there = self._differences.dtype, self._rows[some]

@@ -55,7 +55,8 @@ def score(
         kind: `nodes`, `edges` or `latents`.
         rows: [n_pairs] bool: the pairs that count.
         metric: name and metric; differentiable unless the method is exact.
-        method: `exact`, or one of `attribution.METHODS`. Exact scores of latents are those of their removal.
+        method: `exact`, or one of `attribution.METHODS` but `attribution-drop`. Exact scores of latents are those of
+            their removal.
         steps: points of integrated gradients.
         directions: `denoising`, `noising` or both.
         progress: told (done, total).
@@ -116,5 +117,5 @@ def _estimated(
             columns += [found.latents[:, site.chosen], found.error[:, None]]
         return torch.cat(columns, dim=1).numpy()
     found = edge_scores(runs.model, pairs, dict([metric]), direction, method=method, steps=steps)
-    table = found.edges[metric[0]] if kind == "edges" else found.nodes[metric[0]][:, 1:]
+    table = found.edges[metric[0]][:, :, 0] if kind == "edges" else found.nodes[metric[0]][:, 1:]
     return table.double().numpy()

@@ -8,7 +8,7 @@ the work begins, never on what an earlier run had finished or on the memory of t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +74,22 @@ class Units:
 
     def tasks(self) -> int:
         """How many patched runs the finished batches hold."""
-        return sum(len(next(iter(values.values()))) for values in self._finished.values())
+        batches = [values for name, values in self._finished.items() if name[0].isdigit()]
+        return sum(len(next(iter(values.values()))) for values in batches)
 
     def values(self, unit: Sequence[object]) -> Values:
         """metric -> value of each task of a finished batch."""
         return self._finished[_name(unit)]
+
+    def kept(self, name: str, make: Callable[[], Mapping[str, Sequence[float] | NDArray]]) -> Values:
+        """Columns that the work began with, else those of `make`, which are on disk before anything depends on them.
+
+        What is chosen by estimates is kept so: a device that rounds otherwise, or another memory, would rank otherwise
+        after an interruption, and finished batches would be taken for others.
+        """
+        if (name,) not in self:
+            self.write((name,), {key: np.asarray(values, dtype=np.float64) for key, values in make().items()})
+        return self.values((name,))
 
     def write(self, unit: Sequence[object], values: Mapping[str, NDArray[np.float64]]) -> None:
         """Put the values of a batch (group, direction, layers, number) durably on disk."""

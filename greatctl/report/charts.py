@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .view import Chart
 
-__all__ = ["bars", "heat_map", "lines", "points"]
+__all__ = ["bars", "drawn", "heat_map", "lines", "points"]
 
 _LINES = ("#c2571a", "#2f6db5", "#4a8c4a", "#8a5bb0", "#b0893a", "#4d8f99")
 _AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zerolinecolor": "rgba(128,128,128,0.5)"}
@@ -19,9 +19,19 @@ def _plain(text: object) -> str:
     return str(text).replace("&", "&amp;").replace("<", "&lt;")
 
 
+def _named(title: str) -> dict[str, object]:
+    """An axis with its title, and room for both."""
+    return {"title": {"text": _plain(title), "standoff": 8}, "automargin": True}
+
+
+def _lines_of(text: str) -> str:
+    """Plain text for plotly, its line breaks kept."""
+    return _plain(text).replace("\n", "<br>")
+
+
 def _layout(**more: object) -> dict[str, object]:
     base = {
-        "margin": {"l": 56, "r": 16, "t": 12, "b": 44},
+        "margin": {"l": 56, "r": 16, "t": 12, "b": 52},
         "height": 320,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -46,28 +56,45 @@ def lines(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]],
             "line": {"color": _LINES[number % len(_LINES)], "width": 2},
         }
         data.append({**trace, "yaxis": "y2"} if name.endswith("*") else trace)
-    axes = {"xaxis": {"title": {"text": _plain(x_title)}}, "yaxis": {"rangemode": "tozero"}}
-    room = {"l": 56, "r": 48, "t": 12, "b": 44}  # the right-hand numbers need some
-    right = {"margin": room, "yaxis2": {"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False}}
+    axes = {"xaxis": _named(x_title), "yaxis": {"rangemode": "tozero"}}
+    room = {"l": 56, "r": 48, "t": 12, "b": 52}  # the right-hand numbers need some
+    other = {"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False, "tickmode": "auto"}
+    right = {"margin": room, "yaxis2": other}
     return Chart(title, data, _layout(**axes, **(right if any(n.endswith("*") for n in series) else {})), words)
 
 
 def bars(title: str, x: Sequence[str | float], y: Sequence[float], *, x_title: str, y_title: str, words: str) -> Chart:
     """One bar a value."""
+    series = {"": [(a, b) for a, b in zip(x, y, strict=True)]}
+    return drawn("bars", title, series, x_title=x_title, y_title=y_title, words=words)
+
+
+def drawn(
+    how: str,
+    title: str,
+    series: Mapping[str, Sequence[tuple[str | float, float | None]]],
+    *,
+    x_title: str,
+    y_title: str,
+    words: str,
+) -> Chart:
+    """Named series of (x, y) as `bars`, `lines` or `points`; x are numbers, or names in the order of their coming."""
+    kinds = {"bars": {"type": "bar"}, "lines": {"type": "scatter", "mode": "lines+markers"},
+             "points": {"type": "scatter", "mode": "markers"}}  # fmt: skip
     data = [
         {
-            "type": "bar",
-            "x": [_plain(v) if isinstance(v, str) else v for v in x],
-            "y": list(y),
-            "marker": {"color": _LINES[0]},
+            **kinds[how],
+            "name": _plain(name),
+            "x": [_plain(x) if isinstance(x, str) else x for x, _ in rows],
+            "y": [y for _, y in rows],
+            "marker": {"color": _LINES[number % len(_LINES)]},
         }
+        for number, (name, rows) in enumerate(series.items())
     ]
-    return Chart(
-        title,
-        data,
-        _layout(xaxis={"title": {"text": _plain(x_title)}}, yaxis={"title": {"text": _plain(y_title)}}),
-        words,
-    )
+    names = any(isinstance(x, str) for rows in series.values() for x, _ in rows)
+    axis = _named(x_title) | ({"type": "category"} if names else {})
+    layout = _layout(xaxis=axis, yaxis=_named(y_title), showlegend=len(series) > 1)
+    return Chart(title, data, layout, words)
 
 
 def points(
@@ -100,7 +127,7 @@ def points(
         line = [min(ends), max(ends)]
         same = {"type": "scatter", "mode": "lines", "name": "equal", "x": line, "y": line, "hoverinfo": "skip"}
         data.append({**same, "line": {"color": "rgba(128,128,128,0.6)", "width": 1, "dash": "dot"}})
-    axes = {"xaxis": {"title": {"text": _plain(x_title)}}, "yaxis": {"title": {"text": _plain(y_title)}}}
+    axes = {"xaxis": _named(x_title), "yaxis": _named(y_title)}
     return Chart(title, data, _layout(**axes), words)
 
 
@@ -114,24 +141,30 @@ def heat_map(
     words: str,
     p_values: Sequence[Sequence[float | None]] = (),
     tags: Mapping[str, str] | None = None,
+    titles: tuple[str, str, str] = ("", "layer", "share"),
+    reach: float = 1.0,
 ) -> Chart:
-    """Normalised effects over layers or windows of them (rows) and positions (columns); the scale is fixed at -1 to 1.
+    """Values over rows and columns: as it stands, normalised effects over layers (or windows of them) and positions.
 
     Args:
+        hover: what is said of each cell, as text.
         p_values: of the same cells, so that the page can leave out what may be chance.
         tags: what the map can be chosen by.
+        titles: of the columns, of the rows, and of the values.
+        reach: the value of the strongest colour; its negative has the opposite one.
     """
+    across, down, quantity = map(_plain, titles)
     trace = {
         "type": "heatmap",
         "x": list(range(len(columns))),
         "y": list(range(len(layers))),
         "z": [list(row) for row in values],
-        "text": [list(row) for row in hover],
+        "text": [[_lines_of(text) for text in row] for row in hover],
         "hovertemplate": "%{text}<extra></extra>",
-        "zmin": -1,
-        "zmax": 1,
+        "zmin": -reach,
+        "zmax": reach,
         "colorscale": _DIVERGING,
-        "colorbar": {"title": {"text": "share"}, "thickness": 10},
+        "colorbar": {"title": {"text": quantity}, "thickness": 10},
         "xgap": 1,
         "ygap": 1,
     }
@@ -139,14 +172,19 @@ def heat_map(
         trace["customdata"] = [list(row) for row in p_values]
     axes = {
         "xaxis": {
+            "showgrid": False,
+            "automargin": True,
+            "title": {"text": across},
             "tickmode": "array",
             "tickvals": list(range(len(columns))),
             "ticktext": [_plain(c) for c in columns],
-            "tickangle": -40,
+            "tickangle": 40,
             "zeroline": False,
         },
         "yaxis": {
-            "title": {"text": "layer"},
+            "showgrid": False,
+            "title": {"text": down},
+            "automargin": True,
             "tickmode": "array",
             "tickvals": list(range(len(layers))),
             "ticktext": [_plain(layer) for layer in layers],

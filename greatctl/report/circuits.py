@@ -23,6 +23,7 @@ __all__ = ["finding", "section"]
 
 _DRAWN = 60  # edges, nodes or latents in a drawing; all are in the table
 _ROW, _STEP, _MARGIN = 64, 84, 60  # pixels between rows, between boxes, and left of them
+_ACROSS = 12  # latents in a row of the drawing
 _BINS = 20
 _INPUT = re.compile(r"a(\d+)\.(h|kv)(\d+)\.([qkv])")
 _NODE = re.compile(r"(?:a(\d+)\.h(\d+)|m(\d+))")
@@ -71,7 +72,7 @@ def _words(name: str, summary: Mapping[str, Any], circuit: Mapping[str, Any]) ->
     steps = circuit.get("two_step")
     more = f" Two-step induction: {'yes' if steps['found'] else 'no'}; {steps['why']}." if steps else ""
     return (
-        f"{name}: {verdict}. {held}{scores} What is outside of it takes the values of the "
+        f"{verdict}. {held}{scores} What is outside of it takes the values of the "
         f"{'counterpart prompt' if circuit['ablation'] == 'counterpart' else circuit['ablation'] + ' ablation'}, at all "
         f"positions; with those of the {other['ablation']} it restores {_two(other['faithfulness'])}. "
         f"{circuit['needed']} of {circuit['looked_at']} components matter more than components that were added at "
@@ -89,7 +90,7 @@ def drawing(title: str, rows: Sequence[Mapping[str, Any]], circuit: Mapping[str,
     for sender, receiver, _, _ in edges:
         names |= {sender} | ({receiver} if not receiver.startswith("kv") else set())
     heads = [name for name in names if name.startswith("a")]
-    places, height = _places(sorted(names, key=_order))
+    places, height = _places(sorted(names, key=_order), wrap=circuit["kind"] not in ("edges", "nodes"))
     kind = "estimated " if circuit.get("approximate") else ""
     drawn = []
     for sender, receiver, slot, row in edges:
@@ -117,11 +118,16 @@ def drawing(title: str, rows: Sequence[Mapping[str, Any]], circuit: Mapping[str,
     return Drawing(title, across, height, drawn, boxes, words)
 
 
-def _places(names: Sequence[str]) -> tuple[dict[str, tuple[int, int]], int]:
-    """Where each box stands, and the height: a row for each half of a layer that has any, the first at the bottom."""
+def _places(names: Sequence[str], *, wrap: bool) -> tuple[dict[str, tuple[int, int]], int]:
+    """Where each box stands, and the height: a row for each half of a layer that has any, the first at the bottom.
+
+    Latents `wrap` into further rows of their layer, since a layer may have dozens and no line runs between them.
+    """
     rows: dict[tuple, list[str]] = {}
     for name in names:
-        rows.setdefault(_order(name)[:2], []).append(name)
+        half = _order(name)[:2]
+        before = sum(len(row) for key, row in rows.items() if key[:2] == half)
+        rows.setdefault((*half, before // _ACROSS if wrap else 0), []).append(name)
     widest = max((len(row) for row in rows.values()), default=1)
     height = _ROW * (len(rows) + 1)
     places = {}
@@ -178,7 +184,11 @@ def _curve(name: str, rows: Sequence[Mapping[str, Any]], circuit: Mapping[str, A
         f"{circuit['ablation']} outside."
     )
     chart = lines(f"{name}: faithfulness over size", shares, series, x_title="share of all components", words=words)
-    layout = {**chart.layout, "xaxis": {**chart.layout["xaxis"], "type": "log"}, "yaxis": {"rangemode": "normal"}}
+    layout = {
+        **chart.layout,
+        "xaxis": {**chart.layout["xaxis"], "type": "log", "dtick": 1},
+        "yaxis": {"rangemode": "normal"},
+    }
     return replace(chart, layout=layout)
 
 

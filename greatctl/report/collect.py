@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..store.artifact import Artifact
-from . import circuits, corpus, explore, features, hypotheses, patches, provenance, sae
+from . import circuits, corpus, explore, features, hypotheses, labels, patches, provenance, sae, sections
 from .tables import rows
-from .view import Block, Finding, Prose, Section, Table, View
+from .view import Block, Finding, Label, Prose, Section, View
 
 __all__ = ["Parts", "view"]
 
@@ -23,6 +23,7 @@ class Parts:
     Attributes:
         sae: the autoencoder that `features` are of, or the newest; `controls` are its companions.
         saes: every autoencoder of the project.
+        labels: what a labeler called the latents of `features`.
         patches: name -> patching run.
         sources: source id -> what `fetch` kept of it.
         others: further artifacts that one of these was made from.
@@ -33,6 +34,7 @@ class Parts:
     sae: Artifact | None = None
     controls: Artifact | None = None
     features: Artifact | None = None
+    labels: Artifact | None = None
     saes: Sequence[Artifact] = ()
     patches: Mapping[str, Artifact] = field(default_factory=dict)
     sources: Mapping[str, Artifact] = field(default_factory=dict)
@@ -40,7 +42,7 @@ class Parts:
 
     def all(self) -> list[Artifact]:
         """Every artifact but the sources, in the order of the experiment."""
-        single = (self.tokens, self.activations, self.sae, self.controls, self.features)
+        single = (self.tokens, self.activations, self.sae, self.controls, self.features, self.labels)
         return [*(a for a in single if a), *self.patches.values(), *self.saes, *self.others]
 
 
@@ -55,16 +57,17 @@ def view(parts: Parts, *, plugin_sections: Sequence[Mapping], root: Path, latent
     """
     found = parts.features
     pages = features.chosen(found, latents) if found else []
-    sections = [
-        Section("hypotheses", "Hypotheses and what stands against them", _hypotheses(found, rules, pages)),
-        Section("latents", "Latents", _latents(found, parts.tokens, pages)),
+    named = labels.read(parts.labels)
+    made = [
+        Section("hypotheses", "Hypotheses and what stands against them", _hypotheses(found, rules, pages, named)),
+        Section("latents", "Latents", _latents(parts, pages, named)),
         Section("patching", "Patching", _patching(parts.patches)),
-        *_plugins(plugin_sections),
+        *sections.of_plugins(plugin_sections),
         Section("autoencoder", "The autoencoder", _sae(parts)),
         Section("corpus", "The texts", _corpus(parts)),
         Section("provenance", "Provenance", provenance.section(parts.all(), parts.sources, root)),
     ]
-    return View("Greatness, as hypotheses that can fail", _subtitle(parts), _findings(parts), sections)
+    return View("Greatness, as hypotheses that can fail", _subtitle(parts), _findings(parts), made)
 
 
 def _subtitle(parts: Parts) -> str:
@@ -99,14 +102,22 @@ def _sae(parts: Parts) -> list[Block]:
     return sae.section(parts.sae, parts.controls, parts.saes)
 
 
-def _hypotheses(interpreted: Artifact | None, rules: str, pages: Sequence[int]) -> list[Block]:
-    return hypotheses.section(interpreted, rules, pages) if interpreted else _missing("interpret", "The contrast")
+def _hypotheses(
+    interpreted: Artifact | None, rules: str, pages: Sequence[int], named: Mapping[int, Label]
+) -> list[Block]:
+    return (
+        hypotheses.section(interpreted, rules, pages, named) if interpreted else _missing("interpret", "The contrast")
+    )
 
 
-def _latents(interpreted: Artifact | None, tokens: Artifact | None, pages: Sequence[int]) -> list[Block]:
-    if interpreted is None:
+def _latents(parts: Parts, pages: Sequence[int], named: Mapping[int, Label]) -> list[Block]:
+    if parts.features is None:
         return _missing("interpret", "The table of latents")
-    return [*features.cards(interpreted, tokens, pages), *explore.index(interpreted, pages)]
+    return [
+        *labels.introduction(parts.labels, named),
+        *features.cards(parts.features, parts.tokens, pages, named),
+        *explore.index(parts.features, pages, named),
+    ]
 
 
 def _patching(patched: Mapping[str, Artifact]) -> list[Block]:
@@ -119,27 +130,6 @@ def _patching(patched: Mapping[str, Artifact]) -> list[Block]:
 def _of(patched: Artifact) -> Any:
     """Who tells of a patching run: one that found or tested a circuit, or one that swept cells."""
     return circuits if "circuit" in patched.summary else patches
-
-
-def _plugins(sections: Sequence[Mapping]) -> list[Section]:
-    made = []
-    for number, section in enumerate(sections):
-        blocks: list[Block] = [_plugin_block(block) for block in section["blocks"]]
-        blocks.append(Prose(f"From the plugin {section.get('plugin', 'unknown')}.", quiet=True))
-        made.append(Section(f"plugin-{number}", str(section["title"]), blocks))
-    return made
-
-
-def _plugin_block(block: Mapping) -> Block:
-    if block["kind"] == "prose":
-        return Prose(str(block["text"]))
-    cells = list(zip(*block["rows"], strict=True))
-    numeric = [n for n, column in enumerate(cells) if all(_number(cell) for cell in column)]
-    return Table(list(block["columns"]), list(block["rows"]), numeric=numeric)
-
-
-def _number(cell: object) -> bool:
-    return cell is None or (isinstance(cell, int | float) and not isinstance(cell, bool))
 
 
 def _json(artifact: Artifact, name: str) -> Any:

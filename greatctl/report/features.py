@@ -14,8 +14,9 @@ from typing import Any
 
 from ..store.artifact import Artifact
 from .hypotheses import candidates
+from .labels import by_tokens
 from .tables import Row, of_latents, rows
-from .view import Block, Curve, Example, Facet, Latent, Prose, Share, read_from
+from .view import Block, Curve, Example, Facet, Label, Latent, Share, read_from
 
 __all__ = ["cards", "chosen"]
 
@@ -32,7 +33,6 @@ _FACTS = {
     "logit_kurtosis": "kurtosis of its logits",
     "logit_skew": "skew of its logits",
 }
-_LABELS = ("detection", "fuzzing", "detection_score", "fuzzing_score", "shuffled", "shuffled_score")
 
 
 def chosen(interpreted: Artifact, count: int) -> list[int]:
@@ -50,12 +50,15 @@ class _Tables:
     examples: Mapping[int, list[Row]]
     units: Mapping[int, list[Row]]
     stretches: Mapping[int, list[Row]]
-    labels: Mapping[int, list[Row]]
+    labels: Mapping[int, Label]
     judged: Mapping[int, list[Row]]
     documents: Mapping[str, Row]
+    unit: str
 
 
-def cards(interpreted: Artifact, tokens: Artifact | None, wanted: Sequence[int]) -> list[Block]:
+def cards(
+    interpreted: Artifact, tokens: Artifact | None, wanted: Sequence[int], named: Mapping[int, Label]
+) -> list[Block]:
     """A page for each of the wanted latents, in that order; the first is open."""
     path = interpreted.path
     judged: dict[int, list[Row]] = {}
@@ -72,59 +75,46 @@ def cards(interpreted: Artifact, tokens: Artifact | None, wanted: Sequence[int])
         examples=read("examples"),
         units=read("units"),
         stretches=read("stretches"),
-        labels=read("labels"),
+        labels=named,
         judged=judged,
         documents=documents,
+        unit=str(interpreted.summary.get("unit") or "author"),
     )
-    if not tables.labels:
-        words = "No labels were written for this run; a latent is named by the tokens on which it fires most."
-        made: list[Block] = [Prose(words, quiet=True)]
-    else:
-        words = "Labels come from a language model and are shown as what they are; no verdict rests on them."
-        made = read_from(interpreted, "labels.parquet", [Prose(words, quiet=True)])
     files = "latents, examples, units and stretches.parquet"
     pages = [_card(latent, tables, number == 0) for number, latent in enumerate(wanted) if latent in tables.latents]
-    return [*made, *read_from(interpreted, files, pages)]
+    return read_from(interpreted, files, pages)
 
 
 def _card(latent: int, tables: _Tables, opened: bool) -> Latent:
     facts, judged = tables.latents[latent][0], tables.judged.get(latent, [])
-    examples, label = tables.examples.get(latent, []), tables.labels.get(latent, [])
+    examples, label = tables.examples.get(latent, []), tables.labels.get(latent)
     shown = [(name, facts[key]) for key, name in _FACTS.items()]
-    shown += [
-        (f"label: {key.replace('_', ' ')}", label[0][key]) for key in _LABELS if label and label[0][key] is not None
-    ]
     words = "; ".join(f"{row['concept']}: {row['reason']}" for row in judged if row["reason"])
-    described = str(label[0]["description"] or "") if label else ""
     return Latent(
         latent=latent,
-        label=_label(facts, label),
+        name=label.name if label and label.holds else by_tokens(facts["top_tokens"]),
         verdicts=[(str(row["concept"]), str(row["verdict"])) for row in judged],
-        reason=". ".join(part for part in (described, words) if part),
+        reason=words,
         facts=shown,
         up=list(facts["top_logit_tokens"] or [])[:8],
         down=list(facts["bottom_logit_tokens"] or [])[:8],
         examples=[_example(row) for row in _of_kind(examples, "top")[:_PASSAGES]],
-        facets=_facets(tables.units.get(latent, []), tables.stretches.get(latent, []), tables.documents),
+        facets=_facets(tables, latent),
         spread=_spread(facts["histogram"]),
         along=_along(tables.stretches.get(latent, []), tables.documents),
         more=[(heading, passages) for heading, passages in _more(examples) if passages],
         near=_near(facts),
+        label=label,
         open=opened,
     )
 
 
-def _label(facts: Row, label: Sequence[Row]) -> str:
-    """Its label, or the tokens on which it fires most."""
-    given = str(label[0]["label"] or label[0]["name"] or "") if label else ""
-    return given or " · ".join(token.strip() or repr(token)[1:-1] for token in (facts["top_tokens"] or [])[:3])
-
-
-def _facets(units: Sequence[Row], stretches: Sequence[Row], documents: Mapping[str, Row]) -> list[Facet]:
+def _facets(tables: _Tables, latent: int) -> list[Facet]:
+    units, stretches = tables.units.get(latent, []), tables.stretches.get(latent, [])
     authors = [Share(str(r["unit"]), str(r["role"]), float(r["mean"]), r["low"], r["high"], _counted(r)) for r in units]
     works, eras = [], {}
     for row in stretches:
-        document, means = documents.get(row["source_id"], {}), row["mean"] or []
+        document, means = tables.documents.get(row["source_id"], {}), row["mean"] or []
         if means:
             mean = fmean(means)
             works.append(Share(str(document.get("work") or row["source_id"]), str(document.get("role") or ""), mean))
@@ -133,7 +123,7 @@ def _facets(units: Sequence[Row], stretches: Sequence[Row], documents: Mapping[s
     for row in units:
         roles.setdefault(str(row["role"]), []).append(float(row["mean"]))
     found = [
-        Facet("author", "Mean activation a token; the thin line is the 95 % interval of the mean.", authors),
+        Facet(tables.unit, "Mean activation a token; the thin line is the 95 % interval of the mean.", authors),
         Facet("work", "Mean activation over the work.", works),
         Facet("era", "Mean over works; the thin line spans the lowest and the highest work.", _grouped(eras, "works")),
         Facet("role", "Mean over units; the thin line spans the lowest and the highest.", _grouped(roles, "units")),

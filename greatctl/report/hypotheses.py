@@ -13,14 +13,16 @@ from statistics import fmean, quantiles
 from typing import Any
 
 from ..store.artifact import Artifact
-from .tables import Row, by_latent, rows
-from .view import Block, Finding, Gate, Hypothesis, Origin, Prose, Rival, Table, read_from
+from .labels import by_tokens
+from .tables import Row, by_latent, of_latents, rows
+from .view import Block, Finding, Gate, Hypothesis, Label, Origin, Prose, Rival, Table, read_from
 
 __all__ = ["candidates", "findings", "section"]
 
 _CARDS = 3  # of each concept
+_LABEL_CHECK = "label quality"
 _ALL = {
-    "latent": "latent", "effect": "effect, sd", "auroc": "AUROC", "heldout_auroc": "AUROC, held out",
+    "latent": "latent", "effect": "effect, sd", "auroc": "AUROC, all", "heldout_auroc": "AUROC, held out",
     "baseline": "best baseline", "value": "its AUROC", "p_value": "p", "q_value": "q", "verdict": "verdict",
     "claim": "may be said", "passed": "passed", "failed": "failed", "reason": "why",
 }  # fmt: skip
@@ -67,16 +69,16 @@ def _said(concept: str, some: Sequence[Row], subject: bool) -> str:
     q = best["q_value"]
     weight = f", q = {q:.2g}" if q is not None else ""
     text = f"{head}. The strongest is latent {best['latent']} (effect {best['effect']:+.2f} sd{weight}): {best['verdict']}."
-    return text + _beside(best) + (_owed(best) if supported else "")
+    return text + _beside(best, "subjects" if subject else "authors") + (_owed(best) if supported else "")
 
 
-def _beside(row: Row) -> str:
-    """Its number on held-out authors beside the strongest baseline's, as a sentence."""
+def _beside(row: Row, units: str) -> str:
+    """Its number on held-out units beside the strongest baseline's, as a sentence."""
     if row["heldout_auroc"] is None:
         return ""
     low, high = row["auroc_low"], row["auroc_high"]
     interval = f" (95 % {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
-    text = f" On held-out authors its AUROC is {row['heldout_auroc']:.2f}{interval}"
+    text = f" On held-out {units} its AUROC is {row['heldout_auroc']:.2f}{interval}"
     if row["baseline"] and row["value"] is not None:
         text += f"; the best baseline, {row['baseline']}, has {row['value']:.2f}"
     return text + "."
@@ -90,43 +92,56 @@ def _owed(row: Row) -> str:
     return f" {len(missing)} baselines that could explain it away are not computed ({some})."
 
 
-def section(interpreted: Artifact, rules: str, pages: Collection[int]) -> list[Block]:
+def section(interpreted: Artifact, rules: str, pages: Collection[int], named: Mapping[int, Label]) -> list[Block]:
     """Cards and the table of every candidate for each concept, the baselines, and the rules.
 
     Args:
         rules: the written rules of a verdict, as a docstring.
         pages: latents that have a page of their own below.
+        named: what a labeler called the latents; no verdict knows of it.
     """
     path, summary = interpreted.path, interpreted.summary
     gates = by_latent(rows(path / "evidence.parquet"))
     rivals = rows(path / "baselines.parquet")
     trials = rows(path / "causal.parquet")
-    labels = {row["latent"]: str(row["label"] or row["name"] or "") for row in rows(path / "labels.parquet")}
+    shown = [row["latent"] for some in candidates(interpreted).values() for row in some[:_CARDS]]
+    tokens = of_latents(path / "latents.parquet", shown, ["latent", "top_tokens"])
+    units = "subjects" if summary.get("unit") == "subject" else "authors"
     powers = {row["concept"]: row.get("power", "") for row in summary.get("concepts", [])}
     blocks: list[Block] = []
-    if summary.get("unit") == "subject":
+    if units == "subjects":
         blocks.append(Prose("The unit is the subject of a text, not an author, since these texts have one author."))
     for concept, some in candidates(interpreted).items():
         power = str(powers.get(concept) or summary.get("power") or "")
-        blocks += read_from(interpreted, "hypotheses.parquet", [Prose(power, title=f"Concept: {concept}")])
+        blocks += read_from(interpreted, "hypotheses.parquet", [Prose(_sentence(power), title=f"Concept: {concept}")])
         own = [row for row in rivals if row["concept"] == concept]
         tried = [row for row in trials if row["concept"] == concept]
         for number, row in enumerate(some[:_CARDS]):
             checks = [check for check in gates.get(row["latent"], []) if check["concept"] == concept]
-            card = _card(row, own, checks, tried, labels.get(row["latent"], ""))
-            card = replace(card, has_page=row["latent"] in pages, open=number == 0)
+            card = _card(row, own, checks, tried, units)
+            label = named.get(row["latent"])
+            facts = tokens.get(row["latent"], [{}])[0]
+            name = label.name if label and label.holds else by_tokens(facts.get("top_tokens"))
+            card = replace(
+                card,
+                gate=_with_label(card.gate, label),
+                name=name,
+                label=label,
+                has_page=row["latent"] in pages,
+                open=number == 0,
+            )
             blocks += read_from(interpreted, "hypotheses, evidence, baselines and causal.parquet", [card])
-        blocks += read_from(interpreted, "hypotheses.parquet", [_table(concept, some)])
-    blocks += read_from(interpreted, "baselines.parquet", _baselines(rivals))
+        blocks += read_from(interpreted, "hypotheses.parquet", [_table(concept, some, units)])
+    blocks += read_from(interpreted, "baselines.parquet", _baselines(rivals, units))
     written = inspect.cleandoc(rules).split("\nArgs:")[0].strip()
     return [*blocks, Prose(written, summary="The written rules of a verdict")]
 
 
-def _card(row: Row, rivals: Sequence[Row], checks: Sequence[Row], trials: Sequence[Row], name: str) -> Hypothesis:
+def _card(row: Row, rivals: Sequence[Row], checks: Sequence[Row], trials: Sequence[Row], units: str) -> Hypothesis:
     facts = [
-        ("effect, sd between authors", row["effect"]),
+        (f"effect, sd between {units}", row["effect"]),
         ("q", row["q_value"]),
-        ("AUROC, all authors", row["auroc"]),
+        (f"AUROC, all {units} (below 0.5: lower in characters)", row["auroc"]),
         ("AUROC, other works", row["works_auroc"]),
         ("share of held-out characters found", row["recall"]),
         ("left against hard controls", row["hard_share"]),
@@ -139,7 +154,8 @@ def _card(row: Row, rivals: Sequence[Row], checks: Sequence[Row], trials: Sequen
     return Hypothesis(
         concept=str(row["concept"]),
         latent=row["latent"],
-        name=name,
+        name="",
+        units=units,
         verdict=str(row["verdict"]),
         claim=str(row["claim"] or "nothing yet"),
         reason=str(row["reason"] or ""),
@@ -151,6 +167,17 @@ def _card(row: Row, rivals: Sequence[Row], checks: Sequence[Row], trials: Sequen
         gate=[Gate(c["check"], str(c["name"]), str(c["state"]), str(c["reason"] or "")) for c in checks],
         doses=_doses(row["latent"], trials),
     )
+
+
+def _sentence(text: str) -> str:
+    return text if not text or text.endswith(".") else f"{text}."
+
+
+def _with_label(gate: Sequence[Gate], label: Label | None) -> list[Gate]:
+    """The checks as they were weighed, before any label was asked for; the one on labels says where its scores stand."""
+    words = "no label was there when this was weighed; the scores of the one above came later"
+    later = label is not None and bool(label.name)
+    return [replace(c, reason=words) if later and (c.name, c.state) == (_LABEL_CHECK, "missing") else c for c in gate]
 
 
 def _doses(latent: int, trials: Sequence[Row]) -> list[list[Any]]:
@@ -188,19 +215,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _table(concept: str, some: Sequence[Row]) -> Table:
+def _table(concept: str, some: Sequence[Row], units: str) -> Table:
     numeric = [number for number, key in enumerate(_ALL) if key not in _TEXT]
     cells = [[row[key] for key in _ALL] for row in some]
-    caption = f"All {len(some)} candidates for {concept}, chosen on training authors alone"
+    caption = f"All {len(some)} candidates for {concept}, chosen on training {units} alone"
     return Table(list(_ALL.values()), cells, numeric=numeric, caption=caption, folded=True)
 
 
-def _baselines(rivals: Sequence[Mapping[str, Any]]) -> list[Block]:
+def _baselines(rivals: Sequence[Mapping[str, Any]], units: str) -> list[Block]:
     """What every latent has to beat, and which of it was not measured."""
     headers = [
         "concept",
         "baseline",
-        "AUROC, held out",
+        f"AUROC, held-out {units}",
         "AUROC, other works",
         "effect, sd",
         "what",

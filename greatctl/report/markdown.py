@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .page import cell, shown
-from .view import Block, Cell, Example, Hypothesis, Index, Latent, Origin, Record, Table, View
+from .view import Block, Cell, Chart, Example, Hypothesis, Index, Label, Latent, Origin, Record, Table, View
 
 __all__ = ["markdown"]
 
@@ -39,7 +40,7 @@ def markdown(view: View) -> str:
 
 def _block(block: Block) -> list[str]:
     writers: dict[str, Callable[[Any], list[str]]] = {
-        "table": _table, "hypothesis": _hypothesis, "latent": _latent, "index": _index, "record": _record,
+        "table": _table, "chart": _chart, "hypothesis": _hypothesis, "latent": _latent, "index": _index, "record": _record,
     }  # fmt: skip
     if block.kind in writers:
         return writers[block.kind](block)
@@ -47,6 +48,24 @@ def _block(block: Block) -> list[str]:
         head = [f"### {_plain(block.title or block.summary)}", ""] if block.title or block.summary else []  # type: ignore[union-attr]
         return [*head, *(_line(line) for line in block.text.splitlines())]  # type: ignore[union-attr]
     return [f"**{_plain(block.title)}.** {_plain(block.words)}"]  # type: ignore[union-attr]
+
+
+def _chart(chart: Chart) -> list[str]:
+    """What is to be seen in it, and the numbers where it carries them."""
+    said = [f"**{_plain(chart.title)}.** {_plain(chart.words)}"]
+    return [*said, "", *_table(replace(chart.numbers, caption=""))] if chart.numbers else said
+
+
+def _label(label: Label | None) -> list[str]:
+    """What a labeler called a latent, and why it may be doubted."""
+    if label is None:
+        return []
+    words = f"“{_plain(label.name)}”{': ' + _plain(label.description) if label.description else ''}"
+    said = f"Label by {_plain(label.by)}, no part of any verdict: {words}. " if label.name else ""
+    rows = [[s.task, s.value, s.low, s.high, s.shuffled, s.n] for s in label.scores] if label.name else []
+    table = _rows([f"it, asked about unseen {label.asked_about}", "accuracy", "from", "to", "another latent's label", "n"],
+                  rows, range(1, 6))  # fmt: skip
+    return [f"{said}{_plain(label.doubt)}".strip(), "", *(table if rows else []), ""]
 
 
 def _table(table: Table) -> list[str]:
@@ -77,11 +96,12 @@ def _hypothesis(one: Hypothesis) -> list[str]:
     said = one.claim if one.claim == "nothing yet" else f"it {one.claim} '{one.concept}', and no more"
     gate = [[c.number, c.name, c.state, c.reason] for c in one.gate]
     lines = [
-        f"### Latent {one.latent} and {_plain(one.concept)}: {_plain(one.verdict)}",
+        f"### Latent {one.latent} ({_plain(one.name)}) and {_plain(one.concept)}: {_plain(one.verdict)}",
         "",
+        *_label(one.label),
         f"May be said: {_plain(said)}. Why {_plain(one.verdict)}: {_plain(one.reason)}.",
         "",
-        *_rows(["AUROC on held-out authors", "value", "about"], [own, *rivals], [1]),
+        *_rows([f"AUROC on held-out {one.units}", "value", "about"], [own, *rivals], [1]),
         "",
         *_rows(["check", "name", "state", "reason"], gate, [0]),
         "",
@@ -93,7 +113,15 @@ def _hypothesis(one: Hypothesis) -> list[str]:
 
 def _latent(one: Latent) -> list[str]:
     verdicts = "; ".join(f"{concept}: {verdict}" for concept, verdict in one.verdicts)
-    lines = [f"### Latent {one.latent}: {_plain(one.label)}", "", _plain(verdicts), "", _facts(one.facts), ""]
+    lines = [
+        f"### Latent {one.latent}: {_plain(one.name)}",
+        "",
+        *_label(one.label),
+        _plain(verdicts),
+        "",
+        _facts(one.facts),
+        "",
+    ]
     for name, tokens in (("Makes likelier", one.up), ("Makes less likely", one.down)):
         if tokens:
             lines += [f"{name}: {', '.join(_plain(shown(repr(token)[1:-1])) for token in tokens)}.", ""]
@@ -126,7 +154,8 @@ def _index(index: Index) -> list[str]:
          columns["max"][n]]
         for n in range(min(_LATENTS, len(columns["latent"])))
     ]  # fmt: skip
-    return [_plain(index.words), "", *_rows(["latent", "tokens, or its label", "fires on", "largest"], rows, [2, 3])]  # type: ignore[arg-type]
+    headers = ["latent", "its label, or tokens", "fires on", "largest"]
+    return [_plain(index.words), "", *_rows(headers, rows, [2, 3])]  # type: ignore[arg-type]
 
 
 def _record(record: Record) -> list[str]:

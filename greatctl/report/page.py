@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -19,13 +20,14 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from .view import Cell, Chart, Index, View, clean
+from .values import clean, seen
+from .view import Cell, Chart, Index, Label, View
 
 __all__ = ["render"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _JSON = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-_INDEX = ("columns", "judged", "pages", "units", "places")
+_INDEX = ("columns", "judged", "pages", "units", "places", "labels")
 _NAMES = {"latent", "neighbour", "layer", "year"}  # columns whose whole numbers are names, not amounts
 
 
@@ -34,6 +36,7 @@ def render(view: View) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=_seen,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -42,9 +45,9 @@ def render(view: View) -> str:
     environment.filters.update(cell=cell, objid=id, shown=shown, points=points, runs=runs)
     style, script, plotly = _asset("report.css"), _asset("report.js"), _plotly()
     charts = [c for s in view.sections for c in s.blocks if isinstance(c, Chart)]
-    figures = clean([{"data": list(c.data), "layout": dict(c.layout)} for c in charts])
+    figures = seen(clean([{"data": list(c.data), "layout": dict(c.layout)} for c in charts]))
     found = [b for s in view.sections for b in s.blocks if isinstance(b, Index)]
-    index = clean({name: getattr(found[0], name) for name in _INDEX}) if found else None
+    index = seen(clean({name: _plain(getattr(found[0], name)) for name in _INDEX})) if found else None
     return environment.get_template("report.html").render(
         view=view,
         numbers={id(c): n for n, c in enumerate(charts)},
@@ -101,6 +104,18 @@ def runs(tokens: Sequence[str], strengths: Sequence[float]) -> list[tuple[str, f
         else:
             joined.append((token, heat))
     return joined
+
+
+def _seen(value: object) -> object:
+    """What a template puts out, with characters that would act written out; markup of our own stays as it is."""
+    return value if isinstance(value, Markup) else seen(value)
+
+
+def _plain(value: object) -> object:
+    """Data classes as mappings, which JSON knows."""
+    if isinstance(value, Mapping):
+        return {key: asdict(one) if isinstance(one, Label) else one for key, one in value.items()}
+    return value
 
 
 def _policy(scripts: list[str]) -> str:

@@ -5,7 +5,6 @@ every title says so, and a calibration plot shows them against the cells that we
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from ..store.artifact import Artifact
@@ -53,7 +52,7 @@ def section(name: str, patched: Artifact) -> list[Block]:
     cells = read_rows(patched.path / "cells.parquet")
     pairs = read_rows(patched.path / "pairs.parquet")
     words = (
-        f"{name}: 0 means that the patch does nothing, 1 that it carries the whole difference between the clean and the "
+        "0 means that the patch does nothing, 1 that it carries the whole difference between the clean and the "
         "corrupted prompt. Positions count from the end (-1 is where the answer is read)."
     )
     summary = patched.summary
@@ -212,8 +211,7 @@ def _hover(row: Mapping[str, Any]) -> str:
     if row.get("method", "exact") != "exact":
         what = "not run exactly; estimate" if row["exact"] is None else f"exactly {row['exact']:+.3g}; estimate"
     return (
-        f"{escape(_place(row))}<br>{what} {row['mean_effect']:+.3g}"
-        f"{_interval(row)}<br>family-wise p {p}<br>pairs: {row['n_pairs']}"
+        f"{_place(row)}\n{what} {row['mean_effect']:+.3g}{_interval(row)}\nfamily-wise p {p}\npairs: {row['n_pairs']}"
     )
 
 

@@ -71,7 +71,11 @@ def section(trained: Artifact, controls: Artifact | None, saes: Sequence[Artifac
     quality = Table(
         ["quantity", "value"], _quality(measured, training), caption="On held-out windows", digits=4, folded=True
     )
-    last: list[Block] = [_density(histogram)] if (histogram := measured.get("density_histogram")) else []
+    last: list[Block] = (
+        [_density(histogram, measured.get("silent_fraction"))]
+        if (histogram := measured.get("density_histogram"))
+        else []
+    )
     return [
         *read_from(trained, "evaluation.json", head),
         *_controls(controls),
@@ -159,7 +163,14 @@ def _losses(measured: Mapping[str, Any]) -> list[Block]:
     for name in _COSTS:
         recovered = {"zero": "ce_loss_recovered", "mean": "ce_loss_recovered_mean"}.get(name)
         kl = {"spliced": "kl", "zero": "kl_zero", "mean": "kl_mean"}.get(name)
-        rows.append([name, measured.get(f"ce_{name}"), kl and measured.get(kl), recovered and measured.get(recovered)])
+        rows.append(
+            [
+                name,
+                measured.get(f"ce_{name}"),
+                measured.get(kl) if kl else "",
+                measured.get(recovered) if recovered else "",
+            ]
+        )
     headers = ["in the place of the activation", "cross-entropy, nats", "KL to clean, nats", "recovered against it"]
     return [Table(headers, rows, numeric=[1, 2, 3], caption="The language model's loss on held-out windows", digits=4)]
 
@@ -198,15 +209,16 @@ def _training(curve: Mapping[str, list]) -> Block:
     return lines("Training", steps, series, x_title="step", words=words)
 
 
-def _density(histogram: Mapping[str, list]) -> Block:
+def _density(histogram: Mapping[str, list], silent: float | None) -> Block:
     counts = histogram["latents"]
+    rest = f" {silent:.1%} of all latents fire on none of these tokens and have no bar." if silent else ""
     return bars(
         "How often latents fire",
         histogram["log10_density"][: len(counts)],
         counts,
         x_title="log10 of the share of held-out tokens (lower edge)",
         y_title="latents",
-        words=f"{sum(counts):,} latents by the share of held-out tokens on which they fire.",
+        words=f"{sum(counts):,} latents by the share of held-out tokens on which they fire.{rest}",
     )
 
 

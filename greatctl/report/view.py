@@ -7,10 +7,11 @@ Numbers that are not finite become None and are shown as "not available". What a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
+
+from .values import clean
 
 __all__ = [
     "Block",
@@ -24,17 +25,18 @@ __all__ = [
     "Gate",
     "Hypothesis",
     "Index",
+    "Label",
     "Latent",
     "Line",
     "Origin",
     "Prose",
     "Record",
     "Rival",
+    "Score",
     "Section",
     "Share",
     "Table",
     "View",
-    "clean",
     "read_from",
 ]
 
@@ -67,7 +69,8 @@ class Table:
 class Chart:
     """A plotly figure (data and layout as JSON values) with the same thing said in words.
 
-    Charts of a section that have `tags` (which run, metric, direction …) can be filtered by them.
+    Charts of a section that have `tags` (which run, metric, direction …) can be filtered by them. `numbers` is what is
+    drawn, as a table, for whoever cannot see the drawing.
     """
 
     title: str
@@ -75,6 +78,7 @@ class Chart:
     layout: Mapping
     words: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    numbers: Table | None = None
     origin: Origin | None = None
     kind: str = "chart"
 
@@ -120,15 +124,57 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Score:
+    """How well a label predicts where its latent fires, and how well another latent's label does on the same questions.
+
+    Balanced accuracies over `n` answered examples, `low` to `high` the 95 % interval; 0.5 is guessing, None where there
+    was too little to ask.
+    """
+
+    task: str
+    value: float | None
+    low: float | None
+    high: float | None
+    shuffled: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a labeler called a latent. No verdict rests on it.
+
+    Attributes:
+        name, description: empty where it gave none that can be read.
+        by: the labeler.
+        shuffled_with: the latent whose label it is held against.
+        asked_about: what the labeler had not seen any of: `works`, or `passages` where a latent fires in too few works.
+        holds: in one of its tasks at least it does clearly better than that label.
+        doubt: what speaks against it, as a sentence; empty where nothing does.
+    """
+
+    name: str
+    description: str
+    by: str
+    scores: Sequence[Score]
+    shuffled_with: int | None
+    asked_about: str
+    holds: bool
+    doubt: str
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """A concept and a latent: what may be said of them, the baselines beside the number, and every check.
 
-    `value` with `low` and `high` is the AUROC on held-out authors; `doses` say what more and more of the latent does.
+    `value` with `low` and `high` is the AUROC on held-out units (authors, or subjects where all texts have one author);
+    `doses` say what more and more of the latent does; `name` is a label that holds, else its tokens.
     """
 
     concept: str
     latent: int
     name: str
+    units: str
     verdict: str
     claim: str
     reason: str
@@ -139,6 +185,7 @@ class Hypothesis:
     rivals: Sequence[Rival]
     gate: Sequence[Gate]
     doses: Sequence[Sequence[Cell]] = ()
+    label: Label | None = None
     has_page: bool = False
     open: bool = False
     origin: Origin | None = None
@@ -178,10 +225,10 @@ class Facet:
 
 @dataclass(frozen=True)
 class Latent:
-    """A latent's page. `more` are further groups of passages with their headings, folded away."""
+    """A latent's page. `name` is a label that holds, else its tokens; `more` are further passages, folded away."""
 
     latent: int
-    label: str
+    name: str
     verdicts: Sequence[tuple[str, str]]
     reason: str
     facts: Sequence[tuple[str, Cell]]
@@ -193,6 +240,7 @@ class Latent:
     along: Sequence[Curve] = ()
     more: Sequence[tuple[str, Sequence[Example]]] = ()
     near: Sequence[tuple[str, Sequence[tuple[int, float]]]] = ()
+    label: Label | None = None
     open: bool = False
     origin: Origin | None = None
     kind: str = "latent"
@@ -208,6 +256,7 @@ class Index:
         pages: for each latent `{"p": passages, "u": [[unit, mean], …]}`, or None where the page has no room for one.
             A passage is [tokens, a digit 0-9 of heat for each token, activation, place].
         units: [name, role] of each unit; places: name of each source.
+        labels: latent -> what a labeler called it, for those that it was asked about.
         n_all: how many latents there are; n_pages: how many have passages here.
     """
 
@@ -219,6 +268,7 @@ class Index:
     n_all: int
     n_pages: int
     words: str
+    labels: Mapping[int, Label] = field(default_factory=dict)
     origin: Origin | None = None
     kind: str = "index"
 
@@ -325,14 +375,3 @@ def read_from(artifact: _Sealed, file: str, blocks: Iterable[Block]) -> list[Blo
     """The blocks, each marked as read from a file of an artifact; those that are marked already stay as they are."""
     origin = Origin(artifact.fingerprint, file)
     return [block if block.origin else replace(block, origin=origin) for block in blocks]
-
-
-def clean(value: object) -> object:
-    """JSON values with every number finite: NaN and infinities become None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(v) for v in value]
-    return value

@@ -108,6 +108,8 @@ def kth_largest(values: Tensor, count: int) -> Tensor:
     Exact, without sorting everything: a strided sample gives a bound that leaves few candidates.
     """
     flat = values.flatten()
+    if not flat.numel():  # nothing was above a bound, say
+        return values.new_full((), torch.finfo(values.dtype).tiny)
     sample = flat[:: max(1, flat.numel() // _SAMPLE) | 1]  # an odd stride visits every latent
     share = min(sample.numel(), int(1.25 * count / flat.numel() * sample.numel()) + 16)
     bound = sample.topk(share).values[-1].clamp_min(0.0)

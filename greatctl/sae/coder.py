@@ -23,13 +23,15 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-__all__ = ["Coder", "CoderConfig", "Inference"]
+__all__ = ["Coder", "CoderConfig", "Inference", "k_fits"]
+
+_Config = TypeVar("_Config", bound="CoderConfig")
 
 
 class CoderConfig(BaseModel):
@@ -39,6 +41,14 @@ class CoderConfig(BaseModel):
 
     d_in: int = Field(ge=1, description="width of the activations that are read")
     d_sae: int = Field(ge=1, description="number of latents")
+
+
+def k_fits(config: _Config) -> _Config:
+    """A validator for configs with a field `k`, None or a number of latents: more cannot be active than there are."""
+    k = getattr(config, "k", None)
+    if k is not None and k > config.d_sae:
+        raise ValueError(f"k = {k} is above d_sae = {config.d_sae}")
+    return config
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..errors import InputError, StageError, did_you_mean
+from ..errors import InputError, StageError, UsageError, did_you_mean
 from ..store.files import write_bytes, write_json
 from .coder import Coder
 from .foreign import OWN, Foreign, recognise
@@ -135,10 +135,10 @@ def save(folder: Path, coder: Coder, scale: float, origin: Origin, *, target_sca
     broken = sorted(name for name, tensor in state.tensors.items() if not bool(torch.isfinite(tensor).all()))
     if broken:
         raise StageError(
-            f"the weights of {folder.name} are not finite, so they are not saved",
+            "training ended with weights that are not finite, so they are not saved",
             why=f"NaN or infinity in {', '.join(broken)}",
-            fix="train again with a lower --lr",
-            code="not-finite",
+            fix="train again from the start with a lower --lr and --force",
+            code="diverged",
         )
     metadata: dict[str, object] = {
         "sae_lens_version": _LAYOUT_VERSION,
@@ -228,6 +228,12 @@ def export(folder: Path, form: str, *, say: Callable[[str], None] | None = None)
         UsageError: that program has no such architecture.
     """
     cfg, tensors = _read_cfg(folder), read_tensors(folder / WEIGHTS)
+    if form != "pth" and cfg["architecture"] not in LAYOUTS:
+        raise UsageError(
+            f"{cfg['architecture']} cannot be exported to {form}",
+            why="it is a plugin's architecture, which no other program has",
+            fix="use --export pth",
+        )
     exports = folder / "exports"
     if form == "sparsify":
         return write_sparsify(exports / "sparsify", cfg, tensors, say or (lambda text: None))
@@ -273,6 +279,8 @@ def _read_cfg(folder: Path) -> dict:
     path = folder / CONFIG
     cfg = read_object(path)
     needed(path, cfg, *_REQUIRED)
+    if not isinstance(cfg.get("metadata") or {}, dict):
+        raise damaged(path, "metadata is no object")
     refusal = _refusal(cfg)
     if refusal:
         raise unreadable(path, *refusal)

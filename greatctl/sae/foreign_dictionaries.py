@@ -118,7 +118,8 @@ def _state(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes of a stranger's pickle lead its reader to raise
-        raise damaged(path, f"it cannot be read as tensors: {str(error).partition(chr(10))[0]}") from error
+        why = "it is torn, or a pickle of more than tensors, which is not run"  # torch's own words say how to run it
+        raise damaged(path, why) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise damaged(path, "it is no dictionary of tensors")
     return found

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from .coder import Coder, CoderConfig, Inference
+from .coder import Coder, CoderConfig, Inference, k_fits
 from .steering import Steering, even_steps
 
 __all__ = ["Gated", "GatedConfig"]
@@ -33,7 +33,11 @@ class GatedConfig(CoderConfig):
     l1_coefficient: float = Field(
         0.2, ge=0, description="weight of the gate's L1 penalty, relative to the input's norm"
     )
-    l1_warmup_steps: int = Field(0, ge=0, description="steps over which the L1 weight grows to its value")
+    l1_warmup_steps: int = Field(
+        0, ge=0, description="steps over which the L1 weight grows to its value; to `train`, 0 is 5 % of the run"
+    )
+
+    _k_fits = model_validator(mode="after")(k_fits)
 
 
 class Gated(Coder):

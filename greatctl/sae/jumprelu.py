@@ -24,11 +24,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .batchtopk import kth_largest, lowest_kept
-from .coder import Coder, CoderConfig, Inference
+from .coder import Coder, CoderConfig, Inference, k_fits
 from .whole import Whole
 
 __all__ = ["JumpRelu", "JumpReluConfig"]
@@ -40,9 +40,13 @@ class JumpReluConfig(CoderConfig):
     k: int | None = Field(None, ge=1, description="wanted L0; none: it follows from l0_coefficient")
     target_coefficient: float = Field(3.0, ge=0, description="mu, the weight of (L0 / k - 1)^2, where k is given")
     l0_coefficient: float = Field(0.1, ge=0, description="lambda, the weight of L0 / d_in, where k is not given")
-    l0_warmup_steps: int = Field(0, ge=0, description="steps over which the penalty's weight grows to its value")
+    l0_warmup_steps: int = Field(
+        0, ge=0, description="steps over which the penalty's weight grows to its value; to `train`, 0 is 5 % of the run"
+    )
     bandwidth: float = Field(1.0, gt=0, description="eps, the kernel's width (inputs: norm sqrt(d_in))")
     initial_threshold: float = Field(0.5, gt=0, description="thresholds at the start, where k is not given")
+
+    _k_fits = model_validator(mode="after")(k_fits)
 
 
 class JumpRelu(Coder):

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import PluginError, StageError
+from ..errors import PluginError
 from ..events import Run
 from ..store.files import write_json
 from ..store.tables import write_table
@@ -27,7 +26,7 @@ from .coder import Coder, CoderConfig
 from .contract import check_contract
 from .curve import Curve, columns
 from .evaluate import Edit, cross_entropy, evaluate, write_evaluation
-from .folder import WEIGHTS, Origin, Registry, load, save
+from .folder import Origin, Registry, load, save
 from .rows import Rows
 from .schedule import LARGEST_BATCH, Settings, default_batch_size, default_dead_window, default_lr
 from .setup import build
@@ -80,17 +79,19 @@ def settings_for(request: Request, rows: Rows) -> Settings:
     train = rows.counts.train
     tokens = {"epochs": number * train, "tokens": number}.get(unit)
     batch = request.batch_size or default_batch_size(train, tokens)
+    order = request.seed if request.shuffle_seed is None else request.shuffle_seed
+    a_pass = rows.steps(order, batch, 1)  # batches are of equal size, so a step has train / a_pass rows
+    steps = number
     if unit == "epochs":
-        order = request.seed if request.shuffle_seed is None else request.shuffle_seed
         steps = rows.steps(order, batch, number)
-    else:
-        steps = number if tokens is None else -(-tokens // min(batch, train))
+    elif unit == "tokens":
+        steps = -(-number * a_pass // train)
     return Settings(
         steps=steps,
         batch_size=batch,
         lr=request.lr or _default_lr(request, steps),
         warmup_steps=min(_WARMUP_STEPS, steps // 20),
-        dead_window=default_dead_window(steps * min(batch, train), batch),
+        dead_window=default_dead_window(steps * train // a_pass, batch),
         checkpoint_every=request.checkpoint_every,
         log_every=max(1, steps // _LOG_POINTS),
         seed=request.seed,
@@ -185,7 +186,6 @@ def finish(
     if held_out.rows.shape[0]:
         coder.calibrate(held_out.rows.to(trainer.device) * trainer.scale)
     save(folder, coder, trainer.scale, origin, target_scale=trainer.target_scale)
-    _check_finite(folder)
     measured = _measure(folder, held_out, labels or {}, ce, registry, trainer.device)
     dead = float(trainer.dead.float().mean())
     measured |= {"dead_fraction": dead, "dead_window": settings.dead_window}
@@ -226,18 +226,6 @@ def _measure(
     return measured | cross_entropy(ce, sae, mean=wanted.mean(dim=0) if wanted.shape[0] else None)
 
 
-def _check_finite(folder: Path) -> None:
-    """No folder is sealed whose weights are not finite."""
-    bad = [name for name, value in load_file(folder / WEIGHTS).items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise StageError(
-            "training ended with weights that are not finite",
-            why=f"NaN or infinity in {', '.join(bad)}",
-            fix="train again from the start with a lower --lr and --force",
-            code="diverged",
-        )
-
-
 def _config(request: Request, settings: Settings) -> CoderConfig:
     """The architecture's config; a penalty's warm-up is a share of the run."""
     options: dict[str, Any] = dict(request.options)
@@ -262,7 +250,7 @@ def _say(run: Run, rows: Rows, request: Request, settings: Settings) -> None:
         run.notice(f"train: the data is small, so a batch has {settings.batch_size} rows instead of {LARGEST_BATCH}")
     elif settings.batch_size > counts.train:
         run.notice(f"train: a batch has {counts.train} rows instead of {settings.batch_size}: there are no more")
-    reads = settings.steps * min(settings.batch_size, counts.train) / counts.train
+    reads = settings.steps / rows.steps(settings.order, settings.batch_size, 1)
     if reads > 1.05:
         run.notice(f"train: each row is read {reads:.1f} times; judge by the held-out numbers, not by the curve")
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from .coder import Coder, CoderConfig, Inference
+from .coder import Coder, CoderConfig, Inference, k_fits
 from .steering import Steering, even_steps
 
 __all__ = ["Relu", "ReluConfig"]
@@ -33,10 +33,14 @@ class ReluConfig(CoderConfig):
 
     k: int | None = Field(None, ge=1, description="wanted L0: the L1 weight is steered to it; none: it stays")
     l1_coefficient: float = Field(0.1, ge=0, description="weight of the L1 penalty, relative to the input's norm")
-    l1_warmup_steps: int = Field(0, ge=0, description="steps over which the L1 weight grows to its value")
+    l1_warmup_steps: int = Field(
+        0, ge=0, description="steps over which the L1 weight grows to its value; to `train`, 0 is 5 % of the run"
+    )
     decoder_norm_weighted: bool = Field(
         True, description="weight each latent by its decoder norm and leave the norms free; else unit norms"
     )
+
+    _k_fits = model_validator(mode="after")(k_fits)
 
 
 class Relu(Coder):

@@ -86,7 +86,7 @@ class StreamRows:
         Counts(windows.rows, windows.rows - ordinary, 0, ordinary - total, total).checked()
         chunk = max(buffer_rows // 2, int(windows.usable.max()))
         self.chunks = 1 if total <= buffer_rows else max(2, total // chunk)
-        self._shares: dict[tuple[int, int], list[Harvested]] = {}
+        self._shares: dict[tuple[int, int, int], dict[int, Harvested]] = {}  # (seed, epoch, chunk) -> refill -> rows
         self._whole: Harvested | None = None
         self._held: Harvested | None = None
         self._mixing: dict[str, object] = {}
@@ -124,6 +124,7 @@ class StreamRows:
                     chosen = batches[batch]
                     target = None if rows.target is None else rows.target[chosen]
                     yield Cursor(epoch, refill, batch + 1), rows.acts[chosen], target
+                del rows  # before the next refill is made
 
     def held_out(self) -> Tensor:
         """Held-out rows float32 [n, d_in], harvested at the first call."""
@@ -209,18 +210,20 @@ class StreamRows:
         if self.chunks == 1:
             self._whole = self._whole if self._whole is not None else self._usable(self._harvest(order[0]))
             return self._whole
-        sources = self._sources(refill)
-        self._shares = {key: shares for key, shares in self._shares.items() if key[0] == epoch and key[1] in sources}
-        for chunk in sources:
-            if (epoch, chunk) not in self._shares:
-                self._shares[epoch, chunk] = self._dealt(seed, epoch, chunk, order[chunk])
-        return _joined([self._shares[epoch, chunk][refill - chunk] for chunk in sources])
+        wanted = {(seed, epoch, chunk): order[chunk] for chunk in self._sources(refill)}
+        self._shares = {key: shares for key, shares in self._shares.items() if key in wanted and refill in shares}
+        for key, windows in wanted.items():
+            if key not in self._shares:
+                self._shares[key] = self._dealt(key, refill, windows)
+        return _joined([self._shares[key].pop(refill) for key in wanted])  # what is served is not held
 
-    def _dealt(self, seed: int, epoch: int, chunk: int, windows: Tensor) -> list[Harvested]:
-        """A chunk's rows in three random shares."""
+    def _dealt(self, key: tuple[int, int, int], refill: int, windows: Tensor) -> dict[int, Harvested]:
+        """A chunk's rows in three random shares, by the refills that serve them, from `refill` on."""
+        seed, epoch, chunk = key
         rows = self._usable(self._harvest(windows))
         places = torch.randperm(rows.window.numel(), generator=generator(seed, "shares", epoch, chunk))
-        return [rows.chosen(share) for share in places.tensor_split(_SHARES)]
+        shares = enumerate(places.tensor_split(_SHARES), start=chunk)
+        return {serves: rows.chosen(share) for serves, share in shares if serves >= refill}
 
     def _usable(self, rows: Harvested) -> Harvested:
         inside = rows.ordinary & (_norms(rows.acts) <= self._limit)

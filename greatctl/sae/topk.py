@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .auxk import auxk
-from .coder import Coder, CoderConfig, Inference
+from .coder import Coder, CoderConfig, Inference, k_fits
 from .whole import Whole, spread_of
 
 __all__ = ["TopK", "TopKConfig"]
@@ -30,11 +30,7 @@ class TopKConfig(CoderConfig):
     k: int = Field(32, ge=1, description="active latents a token; at most d_sae")
     aux_coefficient: float = Field(1 / 32, ge=0, description="weight alpha of the AuxK loss for dead latents; 0 = off")
 
-    @model_validator(mode="after")
-    def _k_fits(self) -> TopKConfig:
-        if self.k > self.d_sae:
-            raise ValueError(f"k = {self.k} is above d_sae = {self.d_sae}")
-        return self
+    _k_fits = model_validator(mode="after")(k_fits)
 
 
 class TopK(Coder):

@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..patching.attribution import LatentScores, latent_scores, node_scores
+from ..patching.attribution import DROP, LatentScores, latent_scores, node_scores
 from ..patching.calibration import calibrate, to_verify
 from ..patching.cells import Batch, Place
 from ..patching.checks import check_batch, check_layers
 from ..patching.gradients import must_be_differentiable
 from ..patching.latents import Latents
-from ..patching.memory import auto_cells, overhead_of
 from ..patching.pairs import EncodedPair
 from ..patching.runs import Group, PatchSite, prepare
 from ..patching.sites import Plain
@@ -29,7 +28,7 @@ from ..patching.sweep import Sweep
 from ..patching.units import Units, groups
 from .sweeps import Sweeps
 
-__all__ = ["Approximate", "calibration", "combined", "drawn"]
+__all__ = ["Approximate", "calibration", "combined", "drawn", "place_name"]
 
 Key = tuple[int, int, object]  # layer, unit, and a position from the end or a span's name
 Estimates = dict[str, dict[int, np.ndarray]]  # metric -> layer -> patched value [b, units, places]
@@ -50,10 +49,10 @@ class Approximate(Sweeps):
         """Estimate all cells, then run some; returns all effects, a row a cell and pair."""
         must_be_differentiable(self.metrics)
         parts = groups(self.outcome.executed)
-        site, by_layer = self._site(parts)
+        batch = self._fixed(units)["batch_cells"]
+        site, by_layer = self._site(parts, units)
         source = self._source(site, list(by_layer))
         self._total = len(parts) * len(self.job.directions)
-        batch = self._batch_cells(units, site.name)
         found: list[pa.Table] = []
         for at, direction in enumerate(self.job.directions):
             done: list[Done] = []
@@ -69,14 +68,6 @@ class Approximate(Sweeps):
             for one in done:
                 found += self._verified(units, one, by_layer, chosen, batch)
         return pa.concat_tables(found)
-
-    def _batch_cells(self, units: Units, site: str) -> int:
-        longest = max(max(len(p.clean_ids), len(p.corrupted_ids)) for p in self.outcome.executed)
-        several = max(len(a) for p in self.outcome.executed for a in (*p.answers, *p.wrong_answers))
-        cells = self.config.batch_cells or auto_cells(
-            self.model, longest + several - 1, pattern=site == "pattern", continued=several
-        )
-        return units.fixed(batch_cells=cells, overhead=overhead_of(self.model.device))["batch_cells"]
 
     def _estimated(self, units: Units, number: int, sweep: Sweep, by_layer: Mapping[int, Sequence[int]]) -> Estimates:
         """Patched values as gradients estimate them, of a finished unit or anew."""
@@ -136,7 +127,7 @@ class Approximate(Sweeps):
         first = next(iter(self.metrics))
         sums: dict[Key, list[float]] = {}
         for one in done:
-            names = [_name(place, one.sweep) for place in one.sweep.plan.places]
+            names = [place_name(place, one.sweep.group.pairs) for place in one.sweep.plan.places]
             base = one.sweep.unpatched[first].numpy()[:, None, None]
             for layer, values in one.estimates[first].items():
                 change = values - base
@@ -156,7 +147,7 @@ class Approximate(Sweeps):
     ) -> list[pa.Table]:
         """The rows of a group in a direction, with the exact values of the chosen cells."""
         sweep, tables = one.sweep, []
-        names = [_name(place, sweep) for place in sweep.plan.places]
+        names = [place_name(place, sweep.group.pairs) for place in sweep.plan.places]
         for layer, own in by_layer.items():
             cells = [
                 (u, unit, w)
@@ -209,12 +200,12 @@ class Approximate(Sweeps):
                 here = torch.stack([scores[at].nansum((0, 2)) for at in sorted(scores)]).abs()
                 total = here if total is None else total + here
         assert total is not None
-        return [divmod(at, total.shape[1]) for at in self._listed(total.flatten().numpy(), "neurons")]
+        return [divmod(at, total.shape[1]) for at in self._listed(total.flatten().numpy())]
 
-    def _promising(self, parts: Sequence[Sequence[EncodedPair]], site: Latents, layer: int, total: int) -> list[int]:
+    def _promising(self, parts: Sequence[Sequence[EncodedPair]], site: Latents, layer: int) -> list[int]:
         """The latents with the largest estimates, and others at random, to be verified."""
         first = next(iter(self.metrics.values()))
-        sums = torch.zeros(total, dtype=torch.float64)
+        sums = torch.zeros(len(site.sae.W_dec), dtype=torch.float64)
         for members in self._exploring(parts):
             for direction in self.job.directions:
                 found: LatentScores = latent_scores(
@@ -228,20 +219,17 @@ class Approximate(Sweeps):
                     steps=self.config.steps,
                 )
                 sums += found.latents.sum(0).abs()
-        return self._listed(sums.numpy(), "latents")
+        return self._listed(sums.numpy())
 
-    def _listed(self, sizes: np.ndarray, what: str) -> list[int]:
+    def _listed(self, sizes: np.ndarray) -> list[int]:
         """`top` of the largest, then `verify` of the others at random; never one that has no effect at all."""
-        listed = drawn(np.where(sizes > 0, sizes, np.nan), self.config.top, self.config.verify, self.config.seed)
-        self._say_chosen(
-            len(listed),
-            len(sizes),
-            what,
-            f"the {self.config.top:,} with the largest estimates by {self.config.method} of {next(iter(self.metrics))}, and "
-            f"{max(0, len(listed) - self.config.top):,} of the others at random",
-            "",
+        return drawn(np.where(sizes > 0, sizes, np.nan), self.config.top, self.config.verify, self.config.seed)
+
+    def _how(self, n: int) -> tuple[str, str]:
+        best = (
+            f"the {self.config.top:,} with the largest estimates by {self.config.method} of {next(iter(self.metrics))}"
         )
-        return listed
+        return f"{best}, and {max(0, n - self.config.top):,} of the others at random", ""
 
 
 def drawn(sizes: np.ndarray, top: int, others: int, seed: int) -> list[int]:
@@ -290,15 +278,16 @@ def combined(found: Mapping[str, Mapping[str, Mapping[str, object]]], method: st
                     f"{metric}, {direction}: estimates by {method}; {n} cells run exactly, too few or too alike to compare"
                 )
                 continue
+            what = "sizes without a direction" if method == DROP else "estimates"
             said.append(
-                f"{metric}, {direction}: estimates by {method}; of {n} cells run exactly ({row['n_top']} strongest, "
+                f"{metric}, {direction}: {what} by {method}; of {n} cells run exactly ({row['n_top']} strongest, "
                 f"{row['n_random']} at random) rank correlation {row['spearman']:.2f}, slope {row['slope']:.2f} on exact"
             )
     return said
 
 
-def _name(place: Place, sweep: Sweep) -> object:
-    """A place's name across groups of different lengths."""
+def place_name(place: Place, members: Sequence[EncodedPair]) -> object:
+    """A place's name across groups of different lengths: a span's, or a position counted from the end."""
     if place.position is None:
         return place.span
-    return place.position - len(sweep.group.pairs[0].clean_ids)
+    return place.position - len(members[0].clean_ids)

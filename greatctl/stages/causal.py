@@ -68,8 +68,8 @@ def causal_evidence(
 
     Returns:
         (latent -> numbers, see `greatctl.features.causal.weigh`; nothing where no pair can be used), and
-        causal.parquet: a row a trial and pair: latent (-1: none), kind, strength, draw, pair, effect, damage_kl,
-        damage_ce.
+        causal.parquet: a row a trial and pair: latent (-1: none), kind, strength, draw, pair, effect (logits; of
+        `complement`, what is kept of the pair's own difference, which is the row of kind `gap`), damage_kl, damage_ce.
 
     Raises:
         InputError: the SAE does not read and write one site of this model.
@@ -83,11 +83,11 @@ def causal_evidence(
     prompts = Branch(model, hook_point, *_prompts(model, encoded))
     neutral = Branch(model, hook_point, unrelated_windows(model) if windows is None else windows)
     random = random_directions(n_random, prompts.value.shape[-1], seed)
-    trials = _trials(sae, prompts, neutral, latents, density, peaks or {}, random, baselines or {})
-    effects = _effects(ctx, prompts, encoded, trials)
+    trials = _trials(sae, prompts, neutral, encoded, latents, density, peaks or {}, random, baselines or {})
+    effects, gap = _effects(ctx, prompts, encoded, trials)
     _must_move(trials, effects, hook_point)
     kl, ce = _damage(ctx, neutral, trials)
-    outcomes = Outcomes(effects, kl, ce, clusters_of([pair.pair for pair in encoded]))
+    outcomes = Outcomes(effects, kl, ce, clusters_of([pair.pair for pair in encoded]), gap)
     return weigh(trials, outcomes, latents, seed), _table(trials, outcomes, encoded)
 
 
@@ -95,6 +95,7 @@ def _trials(
     sae: SparseCode,
     prompts: Branch,
     neutral: Branch,
+    pairs: Sequence[EncodedPair],
     latents: Sequence[int],
     density: Tensor | None,
     peaks: Mapping[int, float],
@@ -105,12 +106,14 @@ def _trials(
     device = prompts.value.device
     seen, highest = _firing(sae, (prompts, neutral))
     others = equal_firing(seen if density is None else density.cpu(), latents, N_OTHERS)
+    read = _read(prompts, sae, [*latents, *others])
     return trials_of(
-        _read(prompts, sae, [*latents, *others]),
+        read,
         _read(neutral, sae, [*latents, *others]),
         rows_of(sae, [*latents, *others]).to(device),
         latents,
         others,
+        apart=_apart(read, pairs, len(latents)),
         norm=neutral.norm,
         peaks=[float(peaks.get(latent, highest[latent])) for latent in latents],
         random=random.to(device),
@@ -164,9 +167,25 @@ def _read(text: Branch, sae: SparseCode, latents: Sequence[int]) -> Readings:
     return Readings(torch.stack([acts[:, list(latents)].float() for acts in text.acts(sae)]), text.where)
 
 
+def _apart(prompts: Readings, pairs: Sequence[EncodedPair], count: int) -> Tensor:
+    """What the first `count` latents have at the clean prompt's place more than at the corrupted one's, [2 n, p, count].
+
+    It stands at the places of the corrupted prompts; those without a counterpart, and special tokens, have none.
+    """
+    acts, apart = prompts.acts[..., :count], torch.zeros_like(prompts.acts[..., :count])
+    for clean, pair in enumerate(pairs):
+        corrupted = len(pairs) + clean
+        i, j = torch.tensor(pair.alignment, device=acts.device).T
+        both = prompts.where[clean, i] & prompts.where[corrupted, j]
+        apart[corrupted, j] = (acts[clean, i] - acts[corrupted, j]) * both[:, None]
+    return apart
+
+
 @torch.no_grad()
-def _effects(ctx: Context, prompts: Branch, pairs: Sequence[EncodedPair], trials: Sequence[Trial]) -> np.ndarray:
-    """What presence adds to the logit difference, the mean over both prompts of each pair: float64 [n_trials, n]."""
+def _effects(
+    ctx: Context, prompts: Branch, pairs: Sequence[EncodedPair], trials: Sequence[Trial]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What presence adds to the logit difference [n_trials, n], and the pairs' own difference [n]; both float64."""
     n, device = len(pairs), prompts.value.device
     ids = [pair.clean_ids for pair in pairs] + [pair.corrupted_ids for pair in pairs]
     ends = torch.tensor([len(row) - 1 for row in ids], device=device)
@@ -184,8 +203,8 @@ def _effects(ctx: Context, prompts: Branch, pairs: Sequence[EncodedPair], trials
         after = metric(prompts.logits(r, changed, ends[r]).float(), answers.rows(r)).double()
         effects[t.cpu(), r.cpu()] = (after - before[r]).cpu()
         ctx.run.stop_here()
-    signs = torch.tensor([trial.sign for trial in trials], dtype=torch.float64)
-    return (signs[:, None] * (effects[:, :n] + effects[:, n:]) / 2).numpy()
+    weight = torch.tensor([trial.sign / trial.prompts for trial in trials], dtype=torch.float64)
+    return (weight[:, None] * (effects[:, :n] + effects[:, n:])).numpy(), (before[:n] - before[n:]).cpu().numpy()
 
 
 @torch.no_grad()
@@ -234,14 +253,16 @@ def _table(trials: Sequence[Trial], outcomes: Outcomes | None, pairs: Sequence[E
     )  # fmt: skip
     if outcomes is None:
         return schema.empty_table()
+    tried = [(trial.latent, trial.kind, trial.strength, trial.draw) for trial in trials] + [(-1, "gap", 0.0, 0)]
+    latent, kind, strength, draw = zip(*(one for one in tried for _ in range(n)), strict=True)
     columns = {
-        "latent": [trial.latent for trial in trials for _ in range(n)],
-        "kind": [trial.kind for trial in trials for _ in range(n)],
-        "strength": [trial.strength for trial in trials for _ in range(n)],
-        "draw": [trial.draw for trial in trials for _ in range(n)],
-        "pair": [pair.pair.id for _ in trials for pair in pairs],
-        "effect": outcomes.effects.reshape(-1),
-        "damage_kl": pa.array(np.repeat(outcomes.kl, n), from_pandas=True),
-        "damage_ce": pa.array(np.repeat(outcomes.ce, n), from_pandas=True),
+        "latent": latent,
+        "kind": kind,
+        "strength": strength,
+        "draw": draw,
+        "pair": [pair.pair.id for _ in tried for pair in pairs],
+        "effect": np.concatenate([outcomes.effects.reshape(-1), outcomes.gap]),
+        "damage_kl": pa.array(np.repeat([*outcomes.kl, np.nan], n), from_pandas=True),
+        "damage_ce": pa.array(np.repeat([*outcomes.ce, np.nan], n), from_pandas=True),
     }
     return pa.table(columns, schema=schema)

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, UsageError
 from ..patching.circuits import Circuit, read_circuit
 from ..patching.pair_files import Pair
-from ..store.artifact import Artifact, Identity, current, sealed_under, touch, work
+from ..store.artifact import Artifact, Identity, sealed_under, work
 from .context import Context, Plan, Result
+from .made import made_already
 from .models import chosen_model, slug
 from .pair_sets import chosen_pairs, identity_of
 from .patch_settings import metrics_of, must_fit
@@ -123,14 +124,9 @@ def plan_circuit(ctx: Context, config: Config) -> CircuitJob:
 def run_circuit(ctx: Context, config: Config) -> Result:
     """Find or test a circuit, or say that nothing changed."""
     job = plan_circuit(ctx, config)
-    final, identity = job.plan.final, job.plan.identity
-    assert final is not None and identity is not None
-    artifact, reason = current(final, identity)
-    if artifact and not ctx.force:
-        touch(artifact)
-        ctx.run.notice("patch: up to date")
+    final, identity = job.plan.target
+    if artifact := made_already(ctx, "patch", final, identity):
         return Result(STAGE, artifact.path, artifact.summary, up_to_date=True, view=_view(artifact))
-    ctx.run.notice(f"patch: {reason or 'forced'}")
     from .circuit_search import Search
 
     search = Search(ctx, config, job)
@@ -156,6 +152,12 @@ def _metric(ctx: Context, config: Config) -> str:
             "--corruption resample does not go with --circuit",
             "what stands outside of a circuit must be the same for every set",
             "use counterpart, mean or zero",
+        ),
+        (
+            config.method == "attribution-drop",
+            "--method attribution-drop does not go with --circuit",
+            "it gives sizes without a direction, and a circuit is chosen by what helps",
+            "use exact, attribution or eap-ig",
         ),
         (
             bool(config.latent),

@@ -103,6 +103,12 @@ class Plan:
     identity: Identity | None
     facts: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def target(self) -> tuple[Path, Identity]:
+        """Where its artifact goes and what that is made from; only of a plan that makes one."""
+        assert self.final is not None and self.identity is not None
+        return self.final, self.identity
+
 
 @dataclass(frozen=True)
 class Result:

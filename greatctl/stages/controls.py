@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GreatctlError
-from ..store.artifact import Artifact, Identity, Work, current, load, work
+from ..store.artifact import Artifact, Identity, Work, load, work
 from ..store.files import write_json
 from ..store.tables import write_table
 from .context import Context, Project
+from .made import made_already
 from .models import open_model, pick_device, resolve
 
 if TYPE_CHECKING:
@@ -98,14 +99,13 @@ def train_controls(ctx: Context, config: Config, job: Trained) -> dict[str, obje
     Raises: as training and harvesting do.
     """
     final, identity = _folder(ctx.project, job.sae), _identity(config, job)
-    artifact, reason = current(final, identity)
-    if artifact and not ctx.force:
-        ctx.run.notice("controls: up to date")
+    if artifact := made_already(ctx, "controls", final, identity):
         return artifact.summary
-    ctx.run.notice(f"controls: {reason or 'forced'}")
-    started = time.monotonic()
+    started, spoilt = time.monotonic(), _damaged(final)
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
         for name in CONTROLS:
+            if name in spoilt:
+                shutil.rmtree(w.path / name, ignore_errors=True)
             _companion(ctx, job, w, name)
         rows = _compare(job, w)
         summary = {"sae": job.sae.path.name, "artifact": str(final), "controls": rows}
@@ -115,6 +115,14 @@ def train_controls(ctx: Context, config: Config, job: Trained) -> dict[str, obje
 
 def _folder(project: Project, sae: Artifact) -> Path:
     return project.results / "controls" / sae.path.name
+
+
+def _damaged(final: Path) -> set[str]:
+    """The companions in a sealed folder of which a file is missing or was changed: they are trained again."""
+    try:
+        return {output.split("/")[0] for output in load(final).damaged()}
+    except GreatctlError:
+        return set()
 
 
 def _identity(config: Config, job: Trained) -> Identity:

@@ -75,11 +75,13 @@ def write_all(
     from ..features.hypotheses import Known, assemble, weigh_concept, write_evidence
 
     documents, means, material = _documents(ctx, inputs), _means(inputs), _material(ctx, inputs, seed)
+    stretches = inputs.tables.stretch_tokens.numpy(), inputs.tables.stretch_total.numpy()
     found, trials = [], []
     for concept in concepts:
         weighed = weigh_concept(
-            concept, means, documents, inputs.unit, inputs.alive, n_candidates=n_candidates, seed=seed
-        )
+            concept, means, documents, inputs.unit, inputs.alive,
+            n_candidates=n_candidates, stretches=stretches, seed=seed,
+        )  # fmt: skip
         ctx.run.stop_here()
         part = _part(material, weighed.places)
         measured = baselines(weighed.cells, weighed.rows, part, n_candidates=n_candidates, seed=seed)

@@ -5,8 +5,9 @@
     write_feature_tables   the tables below results/features/<name>/, as `greatctl.features.write` says
 
 While it reads, its sums are saved every so many seconds in the folder `pass` of the work folder, always at the end of a
-shard, so that a stop or a kill loses no more than that and the end is the same to the byte. `seal(discard=(PASS,))`
-removes them.
+shard, so that a stop or a kill loses no more than that and the end is the same to the byte. Where saving takes long
+(they may be several hundred MB) it is done more seldom, so that it stays a small part of the time and of what the disk
+bears. `seal(discard=(PASS,))` removes them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = ["PASS", "control_means", "feature_pass", "write_feature_tables"]
 PASS = "pass"
 _STATE = "sums.safetensors"
 _EVERY = 20.0  # seconds between two savings
+_SHARE = 30  # and at least so many times what a saving takes
 
 
 def feature_pass(
@@ -213,8 +215,10 @@ class _Saved:
         from ..store.files import write_bytes
 
         self._done += 1
-        if time.monotonic() - self._last < self._every:
+        started = time.monotonic()
+        if started - self._last < self._every:
             return
         state = {name: tensor.contiguous() for name, tensor in sums.state().items()}
         write_bytes(self._path, save({**state, "shards": torch.tensor(self._done)}))
         self._last = time.monotonic()
+        self._every = max(self._every, _SHARE * (self._last - started)) if self._every else 0.0

@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from ..errors import InputError, ManifestError, UsageError
-from ..store.artifact import Artifact, Identity, current, load, touch, work
+from ..errors import InputError, UsageError
+from ..store.artifact import Artifact, Identity, load, work
 from ..store.tables import read_rows
 from .context import Context, Plan, Result, StageConfig
 from .controls import controls_of
 from .labelers import request_of
+from .latents import OneLatent, check_latent
+from .made import made_already
 from .saes import Sae, find_activations, find_sae, open_sae, plugins_of
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "interpret"
+_RULES = 2  # of tables and verdicts: what was made by older ones is made again
 _KEYS = (
     "concept", "latent", "effect", "q_value", "verdict", "heldout_auroc", "baseline", "value", "margin", "beats",
     "causal_effect", "claim",
@@ -51,7 +54,7 @@ class Config(StageConfig):
     text: str | None = Field(None, description="show the strongest latents of each token of this snippet")
     top_k: int = Field(10, ge=1, description="latents a token with --text")
     sae: str | None = Field(None, description="name under results/saes, or a folder (the newest)")
-    latent: int | None = Field(None, description="show one latent as a page")
+    latent: OneLatent = Field(None, description="show one latent as a page")
     concept: list[str] = Field(
         ["greatness"], description="bundled concept, TOML file, or all (repeatable)", min_length=1
     )
@@ -101,15 +104,10 @@ def run(ctx: Context, config: Config) -> Result:
     job = _prepare(ctx, config)
     if config.text is not None:
         return _snippet(ctx, config, job.sae, config.text)
-    final, identity = job.plan.final, job.plan.identity
-    assert final is not None and identity is not None
-    artifact, reason = current(final, identity)
-    up_to_date = artifact is not None and not ctx.force
-    if artifact is not None and up_to_date:
-        touch(artifact)
-        ctx.run.notice("interpret: up to date")
-    else:
-        ctx.run.notice(f"interpret: {reason or 'forced'}")
+    final, identity = job.plan.target
+    artifact = made_already(ctx, STAGE, final, identity)
+    up_to_date = artifact is not None
+    if artifact is None:
         artifact = _tables(ctx, config, job, final, identity)
     more = _more(ctx, config, job, artifact)
     if config.latent is not None:
@@ -171,13 +169,8 @@ def _prepare(ctx: Context, config: Config) -> _Job:
     if config.text is not None and not config.text.strip():
         raise UsageError("the text is empty", why="there is no token to show", fix='give --text "some words"')
     sae = find_sae(ctx, config.sae)
-    if config.latent is not None and not 0 <= config.latent < sae.d_sae:
-        raise ManifestError(
-            f"latent {config.latent} is out of range",
-            why=f"{sae.path.name} has {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}",
-            fix=f"use --latent with a number from 0 to {sae.d_sae - 1}",
-            code="out-of-range",
-        )
+    if config.latent is not None:
+        check_latent(sae, config.latent)
     facts: dict[str, object] = {"sae": sae.path.name, "d_sae": sae.d_sae, "hook_point": sae.hook_point}
     if config.text is not None:
         return _Job(sae, Plan(STAGE, None, None, facts))
@@ -191,6 +184,7 @@ def _prepare(ctx: Context, config: Config) -> _Job:
         {
             "sae": sae.path.name,
             "concepts": {concept.name: concept.digest for concept in concepts},
+            "rules": _RULES,
             **{name: getattr(config, name) for name in ("unit", "examples", "candidates", "causal", "seed")},
         },
         inputs={**inputs, "controls": controls.fingerprint} if controls else inputs,

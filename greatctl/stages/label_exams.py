@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["exams_of"]
 
-_SHARDS, _WINDOWS = 4, 64  # windows read again, from this many shards over the whole corpus
+_SHARDS, _WINDOWS = 4, 128  # windows read again, from this many shards over the whole corpus
 
 
 def exams_of(
@@ -88,7 +88,8 @@ def _random_passages(
             rows = rows[start : start + BEFORE + AFTER + 1]
             fires = _fires(sae, shard["acts"][rows], latents, device)
             pieces = decoder.pieces(shard["token"][rows].tolist())
-            found.append((Passage(window, pieces, [0.0] * len(pieces)), [not any_ for any_ in fires]))
+            source = str(store.document_of(window).get("source_id") or "")
+            found.append((Passage(window, pieces, [0.0] * len(pieces), source), [not any_ for any_ in fires]))
     return found
 
 

@@ -27,9 +27,10 @@ from pydantic import Field
 from ..errors import GreatctlError, InputError, UsageError
 from ..patching.pair_files import Pair
 from ..patching.sites import default_positions
-from ..store.artifact import Artifact, Identity, current, newest, touch, work
+from ..store.artifact import Artifact, Identity, newest, work
 from .circuit_settings import CircuitSettings
 from .context import Context, Plan, Result
+from .made import made_already
 from .models import chosen_model, slug
 from .pair_sets import chosen_pairs, identity_of
 from .patch_settings import directions_of, metrics_of, must_fit
@@ -89,8 +90,7 @@ class Config(CircuitSettings):
     top: int = Field(50, ge=1, description="how many neurons, latents or edges to list, the most promising first")
     positions: Literal["each", "spans", "all"] | None = Field(
         None,
-        description="a cell for each position, each marked span, or all together (each; inside of blocks all; edges that "
-        "are estimated have only all)",
+        description="a cell for each position, each marked span, or all together (each; inside of blocks and of edges all)",
     )
     direction: Literal["both", "denoising", "noising"] = Field(
         "both", description="denoising: clean into corrupted; noising: corrupted into clean"
@@ -101,10 +101,13 @@ class Config(CircuitSettings):
     layer_window: int | None = Field(
         None, ge=2, description="also patch so many neighbouring layers together, besides the single ones"
     )
-    method: Literal["exact", "attribution", "attribution-qk", "eap-ig", "eap-ig-activations"] = Field(
-        "exact",
-        description="exact: one forward pass a cell; the others estimate all cells by gradients: in one step, with exact "
-        "patterns for q and k, or averaged over the way from one prompt (or from one layer's activations) to the other",
+    method: Literal["exact", "attribution", "attribution-qk", "attribution-drop", "eap-ig", "eap-ig-activations"] = (
+        Field(
+            "exact",
+            description="exact: one forward pass a cell; the others estimate all cells by gradients: in one step, with exact "
+            "patterns for q and k, also with one block's gradient left out at a time (sizes without a direction), or averaged "
+            "over the way from one prompt (or from one layer's activations) to the other",
+        )
     )
     steps: int = Field(5, ge=1, description="for eap-ig: points on the way at which gradients are taken")
     verify: int = Field(
@@ -145,7 +148,7 @@ def plan(ctx: Context, config: Config) -> Plan:
     Raises:
         UsageError: an unknown metric, an incomplete pair, or settings that do not go together.
         InputError: the pair file, the model or the SAE is not there, or the SAE is of another model.
-        ManifestError: the pair file is malformed.
+        ManifestError: the pair file is malformed, or a number out of range.
         AccessError: the model is gated or not cached.
     """
     if config.circuit or config.circuit_file:
@@ -162,14 +165,9 @@ def run(ctx: Context, config: Config) -> Result:
 
         return run_circuit(ctx, config)
     job = _prepare(ctx, config)
-    final, identity = job.plan.final, job.plan.identity
-    assert final is not None and identity is not None
-    artifact, reason = current(final, identity)
-    if artifact and not ctx.force:
-        touch(artifact)
-        ctx.run.notice("patch: up to date")
+    final, identity = job.plan.target
+    if artifact := made_already(ctx, "patch", final, identity):
         return Result(STAGE, artifact.path, artifact.summary, up_to_date=True, view=_view(artifact))
-    ctx.run.notice(f"patch: {reason or 'forced'}")
     from ..patching.units import Units
 
     sweeps = _sweeps(ctx, config, job)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import patching
-from ..errors import InputError, UsageError
+from ..errors import InputError, ManifestError, UsageError
 from .models import slug
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def directions_of(config: Config) -> Sequence[str]:
             "use --method exact",
         ),
         (
-            guessed and config.site == "edges" and config.positions not in (None, "all"),
-            f"--positions {config.positions} does not go with --method {config.method} at edges",
-            "edges are estimated at all positions together",
-            "leave --positions out, or use --method exact",
+            config.method == "attribution-drop" and config.site in ("edges", "latents"),
+            f"--method attribution-drop does not go with --site {config.site}",
+            "it leaves out blocks of the model, for sites of its own",
+            "use attribution, eap-ig, or another --site",
         ),
         (
             config.corruption != "counterpart" and (config.method == "eap-ig" or (guessed and config.site == "edges")),
@@ -95,10 +95,11 @@ def must_fit(config: Config, info: ModelInfo, sae: Sae | None) -> None:
 
     Raises:
         InputError: the SAE is of another model, or is no autoencoder of one activation.
-        UsageError: there are fewer layers than the window asks for, or latents than were named.
+        ManifestError: there are fewer layers than the window asks for, or latents than were named; like every number
+            that is out of range, wherever it came from.
     """
     if config.layer_window and config.layer_window > info.n_layers:
-        raise UsageError(f"--layer-window {config.layer_window} is too wide", why=f"{info.n_layers} layers")
+        raise ManifestError(f"--layer-window {config.layer_window} is too wide", why=f"{info.n_layers} layers")
     if sae is None:
         return
     other = sae.revision != info.revision if sae.revision else sae.model and slug(sae.model) != slug(info.name)
@@ -117,4 +118,4 @@ def must_fit(config: Config, info: ModelInfo, sae: Sae | None) -> None:
     for latent in config.latent:
         if not 0 <= latent < sae.d_sae:
             why = f"{sae.path.name} has {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}"
-            raise UsageError(f"there is no latent {latent}", why=why, fix="use --latent with one of its numbers")
+            raise ManifestError(f"there is no latent {latent}", why=why, fix="use --latent with one of its numbers")

@@ -9,7 +9,6 @@ all of it was made from, and writes results/report: index.html, and the same as 
 
 from __future__ import annotations
 
-import json
 import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,15 +18,17 @@ from pydantic import Field
 
 from ..errors import GreatctlError, InputError, ManifestError
 from ..report.collect import Parts, view
-from ..store.artifact import Artifact, Identity, current, load, newest, sealed_under, touch, work
+from ..store.artifact import Artifact, Identity, load, newest, sealed_under, work
 from ..store.files import canonical_json, sha256_bytes, write_bytes, write_text
 from .context import Context, Plan, Project, Result, StageConfig
 from .controls import controls_of
+from .labels import labels_of
+from .made import made_already
 
 __all__ = ["Config", "plan", "run"]
 
 STAGE = "report"
-LAYOUT = 12  # raised when the page changes, so that an old report is remade
+LAYOUT = 13  # raised when the page changes, so that an old report is remade
 _FILES = {"html": "index.html", "md": "report.md", "json": "report.json"}
 
 
@@ -57,16 +58,12 @@ def plan(ctx: Context, config: Config) -> Plan:
 def run(ctx: Context, config: Config) -> Result:
     """Write the page, or say that nothing changed."""
     p, sections = _prepare(ctx, config)
-    assert p.final is not None and p.identity is not None
-    artifact, reason = current(p.final, p.identity)
-    up_to_date = artifact is not None and not ctx.force
-    if artifact and up_to_date:
-        touch(artifact)
-        ctx.run.notice("report: up to date")
-    else:
-        ctx.run.notice(f"report: {reason or 'forced'}")
-        artifact = _write(ctx, config, p.final, p.identity, sections)
-    page = _page(p.final, config)
+    final, identity = p.target
+    artifact = made_already(ctx, STAGE, final, identity)
+    up_to_date = artifact is not None
+    if artifact is None:
+        artifact = _write(ctx, config, final, identity, sections)
+    page = _page(final, config)
     data = page.read_bytes()
     shown = _output(config) or page
     if shown != page:
@@ -106,13 +103,14 @@ def _prepare(ctx: Context, config: Config) -> tuple[Plan, Sequence[Mapping]]:
 def _write(ctx: Context, config: Config, final: Path, identity: Identity, sections: Sequence[Mapping]) -> Artifact:
     from ..report.markdown import markdown
     from ..report.page import render
+    from ..report.values import dumps
 
     made = view(_checked(ctx), plugin_sections=sections, root=ctx.project.root, latents=config.latents, rules=_rules())
     page = render(made)
     with work(final, identity, origins=ctx.origins, fresh=True) as w:
         write_text(w.path / "index.html", page)
         write_text(w.path / "report.md", markdown(made))
-        write_text(w.path / "report.json", json.dumps(made.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(w.path / "report.json", dumps(made.to_json()))
         return w.seal({"bytes": len(page.encode())})
 
 
@@ -145,6 +143,7 @@ def _parts(ctx: Context) -> dict[str, Artifact]:
         "sae": sae,
         "features": features,
         "controls": controls_of(project, sae) if sae else None,
+        "labels": labels_of(project, features) if features else None,
     }
     found |= {f"sae/{a.path.name}": a for a in saes if a is not sae}
     found |= {f"patch/{a.path.name}": a for a in sealed_under(project.patches, "patch")}
@@ -181,6 +180,7 @@ def _checked(ctx: Context) -> Parts:
         sae=parts.get("sae"),
         controls=parts.get("controls"),
         features=parts.get("features"),
+        labels=parts.get("labels"),
         saes=[a for name, a in parts.items() if name == "sae" or name.startswith("sae/")],
         patches={name.removeprefix("patch/"): a for name, a in parts.items() if name.startswith("patch/")},
         sources=_sources(ctx.project, tokens),

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ..errors import InputError, ManifestError, UsageError
+from ..errors import InputError, UsageError
 from ..store.artifact import Artifact, load
 from ..store.tables import read_columns
 from .context import Context, Plan, Result, StageConfig
+from .latents import OneLatent, check_latent
 from .models import chosen_model, open_recorded, pick_device
 from .saes import Sae, find_sae, open_sae
 
@@ -35,18 +36,27 @@ __all__ = ["PROMPTS", "Config", "plan", "run"]
 STAGE = "steer"
 PROMPTS = ("The captain looked at his men and", "In the morning he went to work, and", "He was a man who")
 PLAIN = "He was a great man, calm in danger, bold in his plans and admired by all.\n\n"
+_MOST = 1e6  # farther than any model bears; squares of it are still numbers
 _AGAINST = ("diff-means", "random", "prompt")
 
 
 class Config(StageConfig):
     """Settings of `greatctl steer`."""
 
-    latent: int | None = Field(None, description="the latent to turn")
+    latent: OneLatent = Field(None, description="the latent to turn")
     strength: float = Field(
-        2.0, allow_inf_nan=False, description="how far, in multiples of the latent's largest activation (below 0: away)"
+        2.0,
+        ge=-_MOST,
+        le=_MOST,
+        allow_inf_nan=False,
+        description="how far, in multiples of the latent's largest activation (below 0: away)",
     )
     clamp: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="instead: hold the latent at this activation (0 ablates it)"
+        None,
+        ge=0,
+        le=_MOST,
+        allow_inf_nan=False,
+        description="instead: hold the latent at this activation (0 ablates it)",
     )
     prompt: list[str] = Field([], description="text to continue (repeatable; three of its own)")
     tokens: int = Field(40, ge=1, description="tokens to write")
@@ -163,13 +173,7 @@ def _prepare(ctx: Context, config: Config) -> _Job:
     if any(not prompt.strip() for prompt in config.prompt):
         raise UsageError("a prompt is empty", why="there is nothing to continue", fix='give --prompt "some words"')
     sae = find_sae(ctx, config.sae)
-    if not 0 <= config.latent < sae.d_sae:
-        raise ManifestError(
-            f"latent {config.latent} is out of range",
-            why=f"{sae.path.name} has {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}",
-            fix=f"use --latent with a number from 0 to {sae.d_sae - 1}",
-            code="out-of-range",
-        )
+    check_latent(sae, config.latent)
     if sae.hook_point is None or (sae.model is None and config.model is None):
         raise InputError(
             f"{sae.path.name} does not say which model and hook point it reads",

@@ -81,6 +81,8 @@ class Steered:
     ) -> list[dict[str, object]]:
         """One row a way: kind, text, norms and kl; the first way is the model as it is.
 
+        A model that was pushed so far that it gives no numbers writes nothing.
+
         `kl` is KL(as it is || steered) of the next token, nats, the mean over the places from the end of the prompt on in
         the text that the model writes by itself.
         """
@@ -89,9 +91,10 @@ class Steered:
         for way in ways:
             start = self._before(prompt, way)
             steer = self._steer(way.steering) if way.steering else None
-            found = generate(self._model, start, n, steer=steer, temperature=temperature, seed=seed, stop=stop)
-            own = own if rows else found
             kl = self._moved([*prompt, *own], len(prompt) - 1, way) if rows else 0.0
+            n_here = n if kl is not None else 0
+            found = generate(self._model, start, n_here, steer=steer, temperature=temperature, seed=seed, stop=stop)
+            own = own if rows else found
             rows.append({"kind": way.kind, "text": self._decoded(start, found), "norms": way.norms, "kl": kl})
         return rows
 

@@ -93,15 +93,10 @@ class Sweeps:
     def run(self, units: Units) -> pa.Table:
         """Sweep what `units` does not have yet; returns all effects, a row a cell and pair."""
         parts = groups(self.outcome.executed)
-        site, by_layer = self._site(parts)
+        fixed = self._fixed(units)
+        site, by_layer = self._site(parts, units)
         steps = [(layer,) for layer in by_layer] + self._windows()
         source = self._source(site, list(by_layer))
-        longest = max(max(len(p.clean_ids), len(p.corrupted_ids)) for p in self.outcome.executed)
-        several = max(len(a) for p in self.outcome.executed for a in (*p.answers, *p.wrong_answers))
-        cells = self.config.batch_cells or auto_cells(
-            self.model, longest + several - 1, pattern=site.name == "pattern", continued=several
-        )
-        fixed = units.fixed(batch_cells=cells, overhead=overhead_of(self.model.device))
         self._count(parts, by_layer, steps)
         self._done = self._already = units.tasks()
         if self._already:
@@ -116,6 +111,16 @@ class Sweeps:
                 for together in self._together(sweep, steps, by_layer, fixed["batch_cells"]):
                     effects += self._steps(units, number, sweep, together, by_layer[together[0][0]], fixed)
         return pa.concat_tables(effects)
+
+    def _fixed(self, units: Units) -> dict[str, int]:
+        """The two numbers that batches depend on."""
+        pairs = self.outcome.executed
+        longest = max(max(len(p.clean_ids), len(p.corrupted_ids)) for p in pairs)
+        several = max(len(a) for p in pairs for a in (*p.answers, *p.wrong_answers))
+        cells = self.config.batch_cells or auto_cells(
+            self.model, longest + several - 1, pattern=self.config.site == "pattern", continued=several
+        )
+        return units.fixed(batch_cells=cells, overhead=overhead_of(self.model.device))
 
     def _together(
         self, sweep: Sweep, steps: Sequence[Layers], by_layer: Mapping[int, Sequence[int]], cells: int
@@ -257,21 +262,26 @@ class Sweeps:
         for name, both in ends.items():
             out.ends.setdefault(name, {})[pair.pair.id] = both
 
-    def _site(self, parts: Sequence[Sequence[EncodedPair]]) -> tuple[PatchSite, dict[int, Sequence[int]]]:
-        """What is patched, and the units of each layer that has any."""
+    def _site(self, parts: Sequence[Sequence[EncodedPair]], units: Units) -> tuple[PatchSite, dict[int, Sequence[int]]]:
+        """What is patched, and the units of each layer that has any; a choice stands from the beginning of the work."""
         config, model = self.config, self.model
         if config.site == "latents":
-            return self._latents(parts)
+            return self._latents(parts, units)
         site = Plain(config.site)
         self._must_know(site.at(0))
         if config.site == "mlp_post":
-            chosen = self._neurons(parts)
+            width = model.d_mlp
+            kept = units.kept("chosen", lambda: {"neuron": [at * width + n for at, n in self._neurons(parts)]})
+            chosen = [divmod(int(at), width) for at in kept["neuron"]]
+            self._say_chosen(len(chosen), width * model.n_layers, "neurons")
             found = {layer: sorted(n for at, n in chosen if at == layer) for layer in range(model.n_layers)}
             return site, {layer: units for layer, units in found.items() if units}
         count = {"head": model.n_kv_heads if site.of_keys else model.n_heads}.get(site.unit, 0)
         return site, {layer: range(count) if count else [-1] for layer in range(model.n_layers)}
 
-    def _latents(self, parts: Sequence[Sequence[EncodedPair]]) -> tuple[PatchSite, dict[int, Sequence[int]]]:
+    def _latents(
+        self, parts: Sequence[Sequence[EncodedPair]], units: Units
+    ) -> tuple[PatchSite, dict[int, Sequence[int]]]:
         found = self.job.sae
         assert found is not None and found.hook_point is not None
         where = Site.parse(found.hook_point)
@@ -289,36 +299,37 @@ class Sweeps:
         site = Latents(sae, found.hook_point, special_ids=special)
         first = torch.tensor([parts[0][0].clean_ids], device=self.model.device)
         site.check(self.model.capture(first, [found.hook_point])[found.hook_point][:, 1:])
-        chosen = list(dict.fromkeys(self.config.latent)) or self._promising(parts, site, where.layer, found.d_sae)
+        chosen = list(dict.fromkeys(self.config.latent))
+        if not chosen:
+            kept = units.kept("chosen", lambda: {"latent": self._promising(parts, site, where.layer)})
+            chosen = kept["latent"].astype(int).tolist()
+            self._say_chosen(len(chosen), found.d_sae, "latents")
         site = Latents(sae, found.hook_point, chosen, special_ids=special)
         return site, {where.layer: range(len(chosen) + len(PARTS))}
 
     def _neurons(self, parts: Sequence[Sequence[EncodedPair]]) -> list[tuple[int, int]]:
         """(layer, neuron) of those to patch."""
-        chosen = promising_neurons(self.model, self._exploring(parts), self.config.top)
-        self._say_chosen(len(chosen), self.model.d_mlp * self.model.n_layers, "neurons")
-        return chosen
+        return promising_neurons(self.model, self._exploring(parts), self.config.top)
 
-    def _promising(self, parts: Sequence[Sequence[EncodedPair]], site: Latents, layer: int, total: int) -> list[int]:
+    def _promising(self, parts: Sequence[Sequence[EncodedPair]], site: Latents, layer: int) -> list[int]:
         """The latents to patch."""
-        chosen = promising_latents(self.model, self._exploring(parts), site, layer, self.config.top)
-        self._say_chosen(len(chosen), total, "latents")
-        return chosen
+        return promising_latents(self.model, self._exploring(parts), site, layer, self.config.top)
+
+    def _how(self, n: int) -> tuple[str, str]:
+        """By what n neurons or latents (or edges) were chosen, and what it did not look at, in words."""
+        return (
+            "those that change the stream most between the two runs (|clean - corrupted| activation times the "
+            "norm of what it writes)",
+            ", without looking at a metric",
+        )
 
     def _exploring(self, parts: Sequence[Sequence[EncodedPair]]) -> list[list[EncodedPair]]:
         """The pairs that choose what is patched: those that are not held out, where there are any."""
         chosen = [[pair for pair in members if not pair.pair.heldout] for members in parts]
         return [members for members in chosen if members] or [list(members) for members in parts]
 
-    def _say_chosen(
-        self,
-        n: int,
-        total: int,
-        what: str,
-        by_what: str = "those that change the stream most between the two runs (|clean - corrupted| activation times the "
-        "norm of what it writes)",
-        blind: str = ", without looking at a metric",
-    ) -> None:
+    def _say_chosen(self, n: int, total: int, what: str) -> None:
+        by_what, blind = self._how(n)
         by, everyone = sum(map(len, self._exploring(groups(self.outcome.executed)))), len(self.outcome.executed)
         whose = f"the {by} pairs that are not held out" if by < everyone else "the same pairs"
         option = {"latents": "name a latent with --latent and ", "edges": "name an edge with --edge and "}.get(

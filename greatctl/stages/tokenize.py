@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from ..errors import InputError, ManifestError, UsageError
-from ..store.artifact import Artifact, Identity, current, touch, work
+from ..store.artifact import Artifact, Identity, work
 from ..store.files import disk_errors, fsync_dir, make_dir, sweep, write_json
 from ..store.lock import hold
 from ..store.swap import wanted
 from .context import Context, Plan, Result, StageConfig
 from .corpora import Corpus, files_in, works_on_disk
+from .made import made_already
 from .models import chosen_model, slug
 from .workers import Share, worker_folder
 
@@ -101,14 +102,9 @@ def plan(ctx: Context, config: Config) -> Plan:
 def run(ctx: Context, config: Config) -> Result:
     """Tokenize, or say that nothing changed."""
     job = _prepare(ctx, config)
-    final, identity = job.plan.final, job.plan.identity
-    assert final is not None and identity is not None
-    artifact, reason = current(final, identity)
-    if artifact and not ctx.force:
-        touch(artifact)
-        ctx.run.notice("tokenize: up to date")
+    final, identity = job.plan.target
+    if artifact := made_already(ctx, "tokenize", final, identity):
         return Result(STAGE, artifact.path, {**artifact.summary, **_exported(config, job, artifact)}, up_to_date=True)
-    ctx.run.notice(f"tokenize: {reason or 'forced'}")
     started = time.monotonic()
     if job.share:
         return _work_along(ctx, config, job, job.share, final, identity)

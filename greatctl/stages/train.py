@@ -21,9 +21,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ..errors import InputError, did_you_mean
-from ..store.artifact import Artifact, Identity, current, touch, work
+from ..store.artifact import Artifact, Identity, work
 from ..store.files import write_json
 from .context import Context, Plan, Result, StageConfig
+from .made import made_already
 from .sae_options import pairs, sweeps
 from .train_jobs import STAGE, Job, Maker, finished, lasting, prepare, refuse_another, request_of
 
@@ -87,7 +88,8 @@ def plan(ctx: Context, config: Config) -> Plan:
     """What would be trained, on what.
 
     Raises:
-        InputError: no activations (of that hook point), or their tokens are gone or were made again.
+        InputError: no activations (of that hook point), or their tokens are gone or were made again; or no SAE of the
+            name that is to be exported.
         IntegrityError: a shard is damaged.
         ManifestError: a setting is out of the architecture's range (k above d_sae).
         UsageError: two lengths or two sizes are given, or an option that the architecture does not have.
@@ -96,6 +98,8 @@ def plan(ctx: Context, config: Config) -> Plan:
         from .train_sweep import plan_sweep
 
         return plan_sweep(ctx, config)
+    if config.export and config.name and not finished(ctx.project.saes / config.name):
+        _refuse_export_of_nothing(ctx, config.name)
     return prepare(ctx, config).plan
 
 
@@ -110,18 +114,13 @@ def run(ctx: Context, config: Config) -> Result:
             return _exported(ctx, done, config.export)
         _refuse_export_of_nothing(ctx, config.name)
     job = prepare(ctx, config)
-    final, identity = job.plan.final, job.plan.identity
-    assert final is not None and identity is not None
+    final, identity = job.plan.target
     if config.export and (done := finished(final)) and not ctx.force:
         return _exported(ctx, done, config.export)
-    artifact, reason = current(final, identity)
-    if artifact and not ctx.force:
-        touch(artifact)
-        ctx.run.notice("train: up to date")
+    if artifact := made_already(ctx, "train", final, identity):
         return Result(STAGE, artifact.path, _with_controls(ctx, config, job, artifact), up_to_date=True)
     if not ctx.force:
         refuse_another(ctx, final, identity, resume=config.resume)
-    ctx.run.notice(f"train: {reason or 'forced'}")
     artifact = _train(ctx, config, job, final, identity)
     summary = _with_controls(ctx, config, job, artifact)
     if config.export:

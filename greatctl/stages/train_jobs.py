@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, IntegrityError, UsageError
+from ..errors import InputError, IntegrityError, ResourceError, UsageError
 from ..settings import Origins
 from ..store.artifact import Artifact, Identity, difference, load
 from .context import Context, Plan
@@ -30,6 +30,7 @@ __all__ = ["STAGE", "Job", "Maker", "finished", "lasting", "prepare", "refuse_an
 STAGE = "train"
 _LENGTHS = ("steps", "tokens", "epochs")
 _EPOCHS, _EXPANSION = 4, 8
+_STREAMING = ("model", "buffer_rows")  # settings that mean nothing without --stream
 _PASSING = ("resume", "controls", "tensorboard", "export", "sweep")
 
 
@@ -55,7 +56,8 @@ def prepare(ctx: Context, config: Config, known: dict[object, Inputs] | None = N
         InputError: no activations (of that hook point), or their tokens are gone or were made again.
         IntegrityError: a shard is damaged.
         ManifestError: a setting is out of the architecture's range (k above d_sae).
-        UsageError: two lengths or two sizes are given, or an option that the architecture does not have.
+        UsageError: two lengths or two sizes are given, an option that the architecture does not have, or one of
+            --stream without it.
     """
     length = one_of(ctx, config, _LENGTHS, ("epochs", _EPOCHS))
     size = one_of(ctx, config, ("d_sae", "expansion"), ("expansion", _EXPANSION))
@@ -119,6 +121,13 @@ def _inputs(ctx: Context, config: Config, *, reads_target: bool) -> Inputs:
             why="it writes what it reads",
             fix="leave it out, or choose --arch transcoder",
         )
+    idle = [name for name in _STREAMING if ctx.origins.get(name, "").startswith("flag")]
+    if idle and not config.stream:
+        raise UsageError(
+            f"--{idle[0].replace('_', '-')} needs --stream",
+            why="activations that are stored were read by a model before",
+            fix="leave it out, or add --stream",
+        )
     if config.stream:
         return streamed(ctx, config.model, config.hook_point, config.target_hook_point, config.buffer_rows)
     return stored(ctx, config.hook_point, config.target_hook_point)
@@ -135,7 +144,7 @@ def _facts(config: Config, inputs: Inputs, sizes: Mapping[str, int], length: tup
         "hook_point": inputs.meta["hook_point"],
         "rows": rows,
         length[0]: length[1],
-        **({"batch_size": min(config.batch_size, rows)} if config.batch_size else {}),
+        **({"batch_size": min(config.batch_size, rows)} if config.batch_size else {}),  # no batch is larger
         "weight_bytes": 4 * parameters,
         "training_bytes": 16 * parameters,
         **({"stream": True} if config.stream else {}),
@@ -222,7 +231,11 @@ def lasting(origins: Mapping[str, str]) -> Mapping[str, str]:
 
 
 class Maker:
-    """Trains and measures an SAE in a folder: the one that was asked for, and its companions (`stages.controls`)."""
+    """Trains and measures an SAE in a folder: the one that was asked for, and its companions (`stages.controls`).
+
+    Raises:
+        ResourceError: the device is not there, or has no float64.
+    """
 
     def __init__(self, ctx: Context, config: Config, job: Job) -> None:
         from ..corpus.windows import TokenStore
@@ -230,6 +243,12 @@ class Maker:
 
         self.ctx, self.config, self.job = ctx, config, job
         self.device = pick_device(ctx.device)
+        if self.device == "mps":
+            raise ResourceError(
+                "an autoencoder cannot be trained on mps",
+                why="its sums and its steering are float64, which MPS does not have",
+                fix="use --device cpu",
+            )
         self.store = TokenStore(job.inputs.tokens.path)
         self.aside = held_out(ctx, self.store)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..errors import GreatctlError, InputError, UsageError, did_you_mean
+from ..errors import GreatctlError, InputError, ManifestError, UsageError, did_you_mean
 from ..settings import Origins
 from ..store.artifact import Artifact, Identity
 from .context import Context
@@ -92,7 +92,7 @@ def members_of(ctx: Context, config: Config) -> list[Member]:
     for values in itertools.product(*config.sweep.values()):
         chosen = dict(zip(config.sweep, values, strict=True))
         its_ctx, its_config = _asked(ctx, config, chosen)
-        job = prepare(its_ctx, its_config, known)
+        job = _prepared(its_ctx, its_config, known, chosen)
         if not config.name:
             name = job.name + _suffix({k: v for k, v in chosen.items() if k not in _IN_NAME})
             its_ctx, its_config = _named(its_ctx, its_config, name)
@@ -101,6 +101,21 @@ def members_of(ctx: Context, config: Config) -> list[Member]:
     _refuse_twins(members)
     _refuse_strangers(members)
     return members
+
+
+def _prepared(ctx: Context, config: Config, known: dict[object, Any], chosen: Mapping[str, str]) -> Job:
+    """As `prepare`; what is refused is put down to the sweep that asked for it."""
+    try:
+        return prepare(ctx, config, known)
+    except (ManifestError, UsageError) as error:
+        texts = [error.message, error.why, error.fix]
+        for key in chosen:
+            own = key in _SWEPT
+            flag = "--" + key.replace("_", "-") if own else f"--option(?: {key})?"
+            pattern = rf"(?:flag )?{flag}(?![\w-])" + ("" if own else rf"|the option {key}\b")
+            texts = [re.sub(pattern, f"--sweep {key}", text) for text in texts]
+        message, why, fix = texts
+        raise type(error)(message, why=why, fix=fix, where=error.where, code=error.name) from None
 
 
 def _refuse_strangers(members: Sequence[Member]) -> None:
@@ -146,6 +161,9 @@ def _refuse(ctx: Context, config: Config) -> None:
         if key not in _SWEPT and key not in options:
             why = f"there is no such setting, of the training or of {', '.join(names)}"
             raise UsageError(f"--sweep cannot vary {key}", why=why, fix=did_you_mean(key, options | {*_SWEPT}))
+        if key in config.option:
+            why, fix = "both of them set it", f"leave it out of {ctx.origins.get('option', '--option')}"
+            raise UsageError(f"--option {key} and --sweep {key} exclude each other", why=why, fix=fix)
         if key != "seed" and ctx.origins.get(key, "").startswith("flag"):
             flag = "--" + key.replace("_", "-")
             why = "both of them set it"

@@ -94,6 +94,7 @@ def ours(
         ("AtP, heads (z)", nodes("z", "attribution")),
         ("AtP, stream (resid_pre)", nodes("resid_pre", "attribution")),
         ("AtP with QK-fix, keys", nodes("k", "attribution-qk")),
+        ("AtP* with dropped blocks, heads", nodes("z", "attribution-drop")),
         (f"EAP-IG {args.steps} steps, heads (z)", nodes("z", "eap-ig")),
         ("AtP, all nodes and edges", edges("attribution")),
         (f"EAP-IG {args.steps} steps, all nodes and edges", edges("eap-ig")),
@@ -150,7 +151,9 @@ def apart(mine: GraphScores, found: Any) -> str:
     off = max(abs(nodes[name] - ours[name]) for name in nodes)
     words = f"{len(nodes)} nodes differ by at most {off / max(map(abs, ours.values())):.1e} of the largest"
     if getattr(found, "edge_scores", None):
-        ours = dict(zip((e.name for e in mine.graph.edges), mine.edges["logit-diff"].mean(0).tolist(), strict=True))
+        ours = dict(
+            zip((e.name for e in mine.graph.edges), mine.edges["logit-diff"][:, :, 0].mean(0).tolist(), strict=True)
+        )
         edges: dict[str, float] = {}
         for (sender, receiver), value in found.edge_scores.items():
             name = f"{_our_name(sender)}->{_our_name(receiver)}"

@@ -6,20 +6,24 @@
 
 Floor: the bundled model's forward over whole windows, logits included, in batches as harvest makes them. Beside it the
 capture that harvest does (it stops at the hook point), the SAE's encoding alone, and the pass: encoding, every table, and
-the saving of its sums. The overhead is the pass's seconds a token over the forward's. Rounds are interleaved and the best of
-each counts; CPU seconds are printed as well, since a busy machine spoils the clock. With --corpus the pass runs once.
+the saving of its sums. The overhead is the pass's seconds a token over the forward's. CPU seconds are printed as well, since
+a busy machine spoils the clock.
+
+Without --corpus rounds are interleaved, and the best of each counts. With --corpus the pass runs once, and the others are
+timed on a sample, windows spread evenly over the corpus: before the pass, in the middle of it (which waits meanwhile) and
+after it. Their mean counts, and how far the forward's three rounds are apart is said. The peak of memory is that of the
+pass alone, where Linux lets one see it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +33,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from greatctl.corpus.windows import TokenStore
-from greatctl.events import Run
 from greatctl.extend.manager import load_plugins
 from greatctl.model.loading import load as load_model
 from greatctl.reference import model_dir
@@ -50,16 +53,24 @@ class Way:
 
     name: str
     go: Callable[[], int]
-    seconds: float = float("inf")
-    cpu: float = float("inf")
-    tokens: int = 0
+    rounds: list[tuple[float, float, int]] = field(default_factory=list)  # seconds, CPU seconds, tokens
 
-    def run(self) -> None:
-        """Once; the best round stays."""
+    def run(self, away: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> None:
+        """Once. `away`: (seconds, CPU seconds) meanwhile that were spent on something else."""
         clock, cpu = time.perf_counter(), time.process_time()
-        self.tokens = self.go()
-        self.seconds = min(self.seconds, time.perf_counter() - clock)
-        self.cpu = min(self.cpu, time.process_time() - cpu)
+        tokens = self.go()
+        seconds, busy = time.perf_counter() - clock, time.process_time() - cpu
+        lost = away()
+        self.rounds.append((seconds - lost[0], busy - lost[1], tokens))
+
+    def best(self) -> tuple[float, float]:
+        """Microseconds and CPU microseconds a token of the best round."""
+        return min(1e6 * s / n for s, _, n in self.rounds), min(1e6 * c / n for _, c, n in self.rounds)
+
+    def mean(self) -> tuple[float, float]:
+        """The same of all rounds together."""
+        seconds, cpu, tokens = (sum(column) for column in zip(*self.rounds, strict=True))
+        return 1e6 * seconds / tokens, 1e6 * cpu / tokens
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,28 @@ class Corpus:
     store: Any
     sae: LoadedSAE
     site: str = SITE
+
+
+class Watch:
+    """What a pass tells how far it is: calls `pause` once, when half of the tokens are through, and notes what that took."""
+
+    def __init__(self) -> None:
+        self._pause: Callable[[], None] | None = None
+        self.away = (0.0, 0.0)
+
+    def stop_here(self) -> None:
+        """Nobody stops a benchmark."""
+
+    def pause_half_way(self, pause: Callable[[], None]) -> None:
+        """What to call."""
+        self._pause = pause
+
+    def progress(self, task: str, done: int, total: int, *rest: Any, **more: Any) -> None:
+        if self._pause is not None and 2 * done >= total:
+            pause, self._pause = self._pause, None
+            clock, cpu = time.perf_counter(), time.process_time()
+            pause()
+            self.away = (time.perf_counter() - clock, time.process_time() - cpu)
 
 
 def synthetic(root: Path, model: Any, arguments: argparse.Namespace) -> Corpus:
@@ -121,13 +154,13 @@ def of_project(root: Path, sae: Path | None) -> Corpus:
     return Corpus(whole, activations, store, load_sae(folder), meta["hook_point"])
 
 
-def ways(corpus: Corpus, model: Any, arguments: argparse.Namespace, folder: Path) -> list[Way]:
-    """The rows of the table."""
-    some = corpus.ids[: max(BATCH, arguments.forward // WINDOW)]
-    some = some.split(BATCH)
+def ways(corpus: Corpus, model: Any, n_forward: int, folder: Path, watch: Watch) -> list[Way]:
+    """The rows of the table; the last is the pass."""
+    n = min(len(corpus.ids), max(BATCH, n_forward // corpus.ids.shape[1]))
+    some = corpus.ids[torch.arange(n) * len(corpus.ids) // n].split(BATCH)
     tokens = sum(batch.numel() for batch in some)
     reader = ShardReader(corpus.activations.path)
-    ctx: Any = SimpleNamespace(run=Run("benchmark"))
+    ctx: Any = SimpleNamespace(run=watch)
 
     def forward() -> int:
         for batch in some:
@@ -154,23 +187,47 @@ def ways(corpus: Corpus, model: Any, arguments: argparse.Namespace, folder: Path
             Way("feature pass", whole)]  # fmt: skip
 
 
-def resident() -> float:
-    """MiB in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+class Memory:
+    """The largest memory between `begin` and `end` (there may be several such stretches), MiB."""
+
+    def __init__(self) -> None:
+        self.before, self.peak, self.exact = 0.0, 0.0, True
+
+    def begin(self) -> None:
+        """Forget what was, where Linux lets one."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.exact = False
+        self.before = self.before or self._status("VmRSS")
+
+    def end(self) -> None:
+        self.peak = max(self.peak, self._status("VmHWM"))
+
+    @staticmethod
+    def _status(name: str) -> float:
+        rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(rows[name].split()[0]) / 1024
 
 
-def show(found: list[Way], before: float) -> None:
-    """Print the table."""
-    floor = found[0]
+def show(found: list[Way], memory: Memory, *, whole: bool) -> None:
+    """Print the table; `whole`: of a corpus, where the rounds' mean counts."""
+    floor = None
     print(f"{'':30s} {'tokens/s':>10s} {'us/token':>9s} {'CPU us':>8s} {'of forward':>11s} {'CPU':>7s}")
     for way in found:
-        each, cpu = (1e6 * seconds / way.tokens for seconds in (way.seconds, way.cpu))
-        share, cpu_share = (a / b for a, b in ((each, 1e6 * floor.seconds / floor.tokens),
-                                               (cpu, 1e6 * floor.cpu / floor.tokens)))  # fmt: skip
-        print(f"{way.name:30s} {1e6 / each:10,.0f} {each:9.1f} {cpu:8.1f} {share:11.0%} {cpu_share:7.0%}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{found[-1].tokens:,} tokens in the pass; memory before it {before:,.0f} MiB, peak {peak:,.0f} MiB")
+        each, cpu = way.mean() if whole else way.best()
+        floor = floor or (each, cpu)
+        print(
+            f"{way.name:30s} {1e6 / each:10,.0f} {each:9.1f} {cpu:8.1f} {each / floor[0]:11.0%} {cpu / floor[1]:7.0%}"
+        )
+    seconds, _, tokens = found[-1].rounds[0]
+    print(f"{tokens:,} tokens in the pass, {seconds:,.0f} s")
+    if whole:
+        times = ", ".join(f"{1e6 * s / n:.1f}" for s, _, n in found[0].rounds)
+        print(f"the forward before, in the middle of and after the pass: {times} us/token,")
+        print(f"each time on {found[0].rounds[0][2]:,} tokens, windows spread evenly over the corpus")
+    of = "of the pass" if memory.exact else "of the whole program (the pass's own cannot be told here)"
+    print(f"memory before the pass {memory.before:,.0f} MiB; peak {of} {memory.peak:,.0f} MiB")
 
 
 def main() -> None:
@@ -181,7 +238,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rows", type=int, default=65536, help="tokens of the pass, without --corpus")
-    parser.add_argument("--forward", type=int, default=16384, help="tokens of the forward passes")
+    parser.add_argument("--forward", type=int, help="tokens of each forward (16,384, or 200,000 with --corpus)")
     parser.add_argument("--documents", type=int, default=55)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
@@ -194,14 +251,31 @@ def main() -> None:
         corpus = (
             of_project(arguments.corpus, arguments.sae) if arguments.corpus else synthetic(folder, model, arguments)
         )
-        found = ways(corpus, model, arguments, folder)
-        before = resident()
-        for number in range(arguments.rounds):
-            for way in found:
-                if way is not found[-1] or not arguments.corpus or number == 0:
-                    way.run()
+        memory, n_forward = Memory(), arguments.forward or (200_000 if arguments.corpus else 16384)
+        watch = Watch()
+        found = ways(corpus, model, n_forward, folder, watch)
+        *sample, whole = found
+
+        def others() -> None:
+            for way in sample:
+                way.run()
+
+        def pause() -> None:
+            memory.end()
+            others()
+            memory.begin()
+
+        for _ in range(1 if arguments.corpus else arguments.rounds):
+            others()
+            if arguments.corpus:
+                watch.pause_half_way(pause)
+            memory.begin()
+            whole.run(lambda: watch.away)
+            memory.end()
+        if arguments.corpus:
+            others()
         print(f"{corpus.sae.arch}, {corpus.sae.d_sae:,} latents, {torch.get_num_threads()} threads")
-        show(found, before)
+        show(found, memory, whole=bool(arguments.corpus))
 
 
 if __name__ == "__main__":

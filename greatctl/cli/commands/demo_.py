@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..help import Command
 from ..options import Common, JsonFlag, QuietFlag, Root, epilog
 
 EXAMPLES = ("greatctl demo", "greatctl demo /tmp/first-look", "greatctl -C greatctl-demo status")
@@ -15,7 +16,7 @@ EXAMPLES = ("greatctl demo", "greatctl demo /tmp/first-look", "greatctl -C great
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
 
-    @app.command("demo", epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
+    @app.command("demo", cls=Command, epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
     def demo(
         ctx: typer.Context,
         folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the project is made.")] = Path(

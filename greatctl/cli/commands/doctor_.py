@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..help import Command
 from ..options import JsonFlag, Root, epilog
 
 EXAMPLES = ("greatctl doctor", "greatctl --data-dir /mnt/disk/greatctl doctor --json")
@@ -12,7 +13,7 @@ EXAMPLES = ("greatctl doctor", "greatctl --data-dir /mnt/disk/greatctl doctor --
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
 
-    @app.command("doctor", epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
+    @app.command("doctor", cls=Command, epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
     def doctor(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         """Check Python, packages, GPU, disk, model access, file locks and cloud-synced folders."""
         from ...stages.doctor import examine

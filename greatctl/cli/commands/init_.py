@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from ..help import Command
 from ..options import JsonFlag, Root, epilog
 
 EXAMPLES = ("greatctl init", "greatctl -C my-study init")
@@ -14,7 +15,7 @@ EXAMPLES = ("greatctl init", "greatctl -C my-study init")
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
 
-    @app.command("init", epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
+    @app.command("init", cls=Command, epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
     def init(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         """Write sources.toml here (or under -C DIR); an existing one is left alone."""
         from ...errors import UsageError

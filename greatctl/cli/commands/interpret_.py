@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         top_k: Annotated[int | None, Option(help="Latents a token with --text (default 10).")] = None,
         sae: Annotated[str | None, Option(metavar="NAME_OR_DIR", help="Default: the newest.")] = None,
-        latent: Annotated[int | None, Option(metavar="N", help="Print one latent as a page.")] = None,
+        latent: Annotated[list[int] | None, Option(metavar="N", help="Print one latent as a page.")] = None,
         unit: Annotated[
             str | None, Option(help="author (default), or subject where one author wrote everything.")
         ] = None,

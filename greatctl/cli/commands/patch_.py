@@ -53,9 +53,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         positions: Annotated[
             str | None,
-            Option(
-                help="each (default in the stream), spans, or all (default inside of blocks; estimates of edges: all)."
-            ),
+            Option(help="each (default in the stream), spans, or all (default inside of blocks and of edges)."),
         ] = None,
         direction: Annotated[str | None, Option(help="denoising, noising or both (default).")] = None,
         corruption: Annotated[
@@ -64,7 +62,7 @@ def register(app: typer.Typer) -> None:
         layer_window: Annotated[int | None, Option(help="Also patch windows of so many layers.")] = None,
         method: Annotated[
             str | None,
-            Option(help="exact (default), or estimates: attribution, attribution-qk, eap-ig, eap-ig-activations."),
+            Option(help="exact (default), or estimates: attribution, …-qk, …-drop, eap-ig, eap-ig-activations."),
         ] = None,
         steps: Annotated[int | None, Option(help="Steps of eap-ig (default 5).")] = None,
         verify: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..help import Command
 from ..options import JsonFlag, Root, epilog
 
 EXAMPLES = ("greatctl plugins", "greatctl --plugin my_metric.py plugins --json")
@@ -12,7 +13,7 @@ EXAMPLES = ("greatctl plugins", "greatctl --plugin my_metric.py plugins --json")
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
 
-    @app.command("plugins", epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
+    @app.command("plugins", cls=Command, epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
     def plugins(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         """List every plugin with its version, its origin, what it gives, and why it failed where it did."""
         from ..output import document, print_document, print_result

@@ -6,20 +6,27 @@ from typing import Annotated
 
 import typer
 
+from ..completion import completer
+from ..help import Command
 from ..options import COMMON, Common, JsonFlag, QuietFlag, Root, epilog
 
 EXAMPLES = ("greatctl run", "greatctl run --from train", "greatctl run --from tokenize --to harvest --json")
+_STAGES = completer("run", "start")
 _FORCE, _DEVICE, _SEED = (COMMON[name][0] for name in ("force", "device", "seed"))
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
 
-    @app.command("run", epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
+    @app.command("run", cls=Command, epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
     def run(
         ctx: typer.Context,
-        start: Annotated[str, typer.Option("--from", metavar="STAGE", help="First stage.")] = "fetch",
-        end: Annotated[str, typer.Option("--to", metavar="STAGE", help="Last stage.")] = "report",
+        start: Annotated[
+            str, typer.Option("--from", metavar="STAGE", help="First stage.", autocompletion=_STAGES)
+        ] = "fetch",
+        end: Annotated[
+            str, typer.Option("--to", metavar="STAGE", help="Last stage.", autocompletion=_STAGES)
+        ] = "report",
         mirror: Annotated[str | None, typer.Option(metavar="URL", help="Fetch the bytes from here.")] = None,
         as_json: JsonFlag = False,
         quiet: QuietFlag = False,

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
     @stage_command(app, "steer", EXAMPLES, panel="Around the stages")
     def steer(
-        latent: Annotated[int | None, Option(metavar="N", help="The latent to turn.")] = None,
+        latent: Annotated[list[int] | None, Option(metavar="N", help="The latent to turn.")] = None,
         strength: Annotated[
             float | None, Option(help="Multiples of the latent's largest activation (default 2; below 0: away).")
         ] = None,

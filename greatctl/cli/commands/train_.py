@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
             int | None,
             Option(
                 help="Active latents a token: exact for topk, on average for batchtopk, matryoshka and the transcoders, "
-                "a target for jumprelu."
+                "a target for jumprelu, relu and gated."
             ),
         ] = None,
         l1_coefficient: Annotated[float | None, Option(help="Weight of the L1 penalty (relu, gated).")] = None,
@@ -75,7 +75,11 @@ def register(app: typer.Typer) -> None:
             float | None, Option(help="Weight of the dead-latent loss (topk, batchtopk).")
         ] = None,
         decoder_norm_weighted: Annotated[
-            bool | None, Option("--decoder-norm-weighted", help="Weight the L1 penalty by decoder norms (relu).")
+            bool | None,
+            Option(
+                "--decoder-norm-weighted/--unit-norms",
+                help="relu: weight the L1 penalty by decoder norms, which are then free (default), or keep them at 1.",
+            ),
         ] = None,
         checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
         resume: Annotated[bool, Option("--resume", help="Go on with a stopped run (the default).")] = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ..help import Command
 from ..options import JsonFlag, Root, epilog
 
 EXAMPLES = ("greatctl verify", "greatctl -C greatctl-demo verify --json")
@@ -12,7 +13,7 @@ EXAMPLES = ("greatctl verify", "greatctl -C greatctl-demo verify --json")
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
 
-    @app.command("verify", epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
+    @app.command("verify", cls=Command, epilog=epilog(EXAMPLES), rich_help_panel="Around the stages")
     def verify(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         """Hash every output of every artifact; one changed bit ends with exit code 6 and the file's name."""
         from ...errors import IntegrityError

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 
 from ...stages.context import Result
 from ..text import literal
-from .table import facts, number, table
+from .table import facts, near, number, table
 
 __all__ = ["render_circuit"]
 
@@ -28,7 +28,7 @@ def render_circuit(result: Result) -> RenderableType:
     for name, reason in list(result.view.get("refused") or [])[:8]:  # type: ignore[call-overload]
         parts.append(literal(f"refused {name}: {reason}", "yellow"))
     if result.artifact:
-        parts.append(facts([("artifact", str(result.artifact))]))
+        parts.append(facts([("artifact", near(result.artifact))]))
     return Group(*parts)
 
 

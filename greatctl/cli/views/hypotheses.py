@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
 
 from ...stages.context import Result
 from ..text import literal
 from .labels import label_table
-from .table import facts, number, table
+from .table import facts, near, number, table
 
 __all__ = ["render_hypotheses"]
 
@@ -29,33 +31,60 @@ _SHORT = {
 def render_hypotheses(result: Result) -> RenderableType:
     """Everything that fits in 80 columns; the tables on disk have the rest."""
     summary = result.summary
-    head = [(k.replace("_", " "), summary[k]) for k in ("sae", "n_latents", "n_alive", "n_tokens") if k in summary]
-    parts: list[RenderableType] = [facts(head)]
+    parts: list[RenderableType] = []
     for concept in _rows(summary.get("concepts")):
         name = concept["concept"]
-        parts += ["", literal(f"{name}: {concept['power']}")]
+        parts += [*([""] if parts else []), literal(_finding(concept), "bold"), literal(concept["power"], "dim")]
         hypotheses = [row for row in _rows(summary["hypotheses"]) if row["concept"] == name]
         parts.append(_hypotheses(hypotheses[:_ROWS]))
         if len(hypotheses) > _ROWS:
-            words = f"{_ROWS} of {len(hypotheses)} candidates, {concept['n_supported']} of them supported"
-            parts.append(literal(f"{words}; AUROC is on those who were held out", "dim"))
+            words = f"{_ROWS} of {len(hypotheses)} candidates; effect in sd; AUROC is on those who were held out"
+            parts.append(literal(words, "dim"))
         reasons = [row for row in _rows(result.view.get("reasons")) if row["concept"] == name]
-        parts += [literal(f"{r['latent']} {r['verdict']} (may be said: {r['claim']}): {r['reason']}.") for r in reasons]
+        parts += [Padding(_reason(r), (0, 0, 0, 2)) for r in reasons]
         measured = [row for row in _rows(result.view.get("baselines")) if row["concept"] == name]
         parts += _baselines(measured)
     parts += label_table(_rows(result.view.get("labels")))
-    if result.artifact:
-        parts += ["", literal(f"{result.artifact}: hypotheses, evidence, baselines.parquet", "dim")]
-    return Group(*parts)
+    return Group(*parts, "", facts(_made_of(result)))
+
+
+def _made_of(result: Result) -> list[tuple[str, object]]:
+    """What was read, and where the tables are."""
+    said = {
+        key: number(result.summary[key]) for key in ("sae", "n_latents", "n_alive", "n_tokens") if key in result.summary
+    }
+    rows: list[tuple[str, object]] = [("sae", said["sae"])] if "sae" in said else []
+    if {"n_latents", "n_alive", "n_tokens"} <= said.keys():
+        rows.append(("read", f"{said['n_alive']} of {said['n_latents']} latents fire on {said['n_tokens']} tokens"))
+    return [*rows, *([("artifact", near(result.artifact))] if result.artifact else [])]
 
 
 def _rows(value: object) -> list[Mapping]:
     return list(value) if isinstance(value, list) else []
 
 
+def _finding(concept: Mapping) -> str:
+    count, supported = concept["n_candidates"], concept["n_supported"]
+    are = "is" if supported <= 1 else "are"
+    return f"{concept['concept']}: {supported or 'none'} of {count} candidates {are} supported"
+
+
+def _reason(row: Mapping) -> Text:
+    """What decided one latent."""
+    head = literal(f"{row['latent']} {row['verdict']}", "bold")
+    return Text.assemble(head, literal(f" (may be said: {row['claim']}): {row['reason']}."))
+
+
 def _hypotheses(rows: Sequence[Mapping]) -> RenderableType:
     cells = [
-        (r["latent"], f"{r['effect']:+.2f}", number(r["q_value"]), _auroc(r["heldout_auroc"]), _best(r), r["verdict"])
+        (
+            str(r["latent"]),
+            f"{r['effect']:+.2f}",
+            number(r["q_value"]),
+            _auroc(r["heldout_auroc"]),
+            _best(r),
+            r["verdict"],
+        )
         for r in rows
     ]
     return table(["latent", "effect", "q", "AUROC", "best baseline", "verdict"], cells, right=(0, 1, 2, 3))

@@ -32,7 +32,7 @@ def label_table(rows: Sequence[Mapping]) -> list[RenderableType]:
     """The names with their scores and, in brackets, those of shuffled labels; nothing without rows."""
     if not rows:
         return []
-    cells = [(r["latent"], _name(r), _beside(r, "detection"), _beside(r, "fuzzing")) for r in rows[:_ROWS]]
+    cells = [(str(r["latent"]), _name(r), _beside(r, "detection"), _beside(r, "fuzzing")) for r in rows[:_ROWS]]
     title = "Labels, no part of any verdict; in brackets another latent's label (chance 0.5)"
     return ["", literal(title), table(["latent", "name", "detection", "fuzzing"], cells, right=(0, 2, 3))]
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from ..text import literal, paragraphs
 from .heat import passage, passage_line, sparkline
 from .labels import label_lines
-from .table import facts, number
+from .table import Flow, facts, number
 
 __all__ = ["render_latent"]
 
@@ -53,7 +54,7 @@ def _summary(page: Mapping) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("activation", _histogram(page["histogram"])),
         ("mean", f"{number(page['mean'])} over all tokens, {number(page['mean_when_firing'])} where it fires"),
-        ("fires on", ", ".join(repr(token) for token in page["top_tokens"])),
+        ("fires on", Flow([repr(token) for token in page["top_tokens"]])),
         ("raises", _tokens(page["top_logits"])),
         ("lowers", _tokens(page["bottom_logits"])),
     ]
@@ -65,16 +66,16 @@ def _summary(page: Mapping) -> list[tuple[str, object]]:
         at_least = "" if page["token_ids_apart"] > 0.999 else "at least "
         by_token = f"the token alone {at_least}{page['token_share']:.0%}"
         rows.append(("explained by", f"{by_token}, the position {page['position_share']:.0%} of its variance"))
-    return [(name, value) for name, value in rows if value]
+    return [(name, value) for name, value in rows if (value.items if isinstance(value, Flow) else value)]
 
 
-def _tokens(rows: Sequence[Row]) -> str:
-    return ", ".join(repr(row["token"]) for row in rows)
+def _tokens(rows: Sequence[Row]) -> Flow:
+    return Flow([repr(row["token"]) for row in rows])
 
 
-def _pairs(rows: Sequence[Row], name: str) -> str:
-    words = ", ".join(f"{row['latent']} ({row[name]:.2f})" for row in rows)
-    return f"latents {words} by {name}" if words else ""
+def _pairs(rows: Sequence[Row], name: str) -> Flow:
+    words = [f"{row['latent']} ({row[name]:.2f})" for row in rows]
+    return Flow([f"by {name} {words[0]}", *words[1:]] if words else [])
 
 
 def _histogram(counts: Sequence[int]) -> str:
@@ -96,9 +97,16 @@ def _passages(title: str, rows: Sequence[Row]) -> list[RenderableType]:
     for row in rows:
         year = f", {row['year']}" if row["year"] else ""
         where = f"{row['author']}, {row['work']}{year} · {row['source_id']} {row['char_start']}-{row['char_end']}"
-        parts.append(literal(f"{number(row['activation'])}  {where}", "dim"))
+        parts.append(_numbered(number(row["activation"]), where))
         parts.append(Padding(passage(row["pieces"], row["heat"], row["marked"]), (0, 0, 0, 2)))
     return parts
+
+
+def _numbered(activation: str, where: str) -> Table:
+    """A source whose lines all begin behind the activation."""
+    view = Table.grid(padding=(0, 2))
+    view.add_row(literal(activation, "dim"), literal(where, "dim"))
+    return view
 
 
 @dataclass(frozen=True)

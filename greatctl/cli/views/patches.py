@@ -10,10 +10,11 @@ from ...patching.sites import place_of
 from ...stages.context import Result
 from ..text import literal
 from .heat import HeatMap
-from .table import facts, number, table
+from .table import facts, near, number, table
 
 __all__ = ["render_patch"]
 
+_LEVEL = 0.05
 _SHOWN = 24  # rows of a list; the others are in cells.parquet
 _SENTENCES = ("power", "chosen")
 _PLACES = {"each": "each position", "spans": "each marked span", "all": "all positions together"}
@@ -24,7 +25,11 @@ def render_patch(result: Result) -> RenderableType:
     summary = result.summary
     metrics: Mapping[str, Mapping] = summary["metrics"]  # type: ignore[assignment]
     names = sorted(metrics, key=lambda name: name != summary["metric"])  # the first one first
-    parts: list[RenderableType] = [_facts(summary, names), _peaks({name: metrics[name] for name in names})]
+    parts: list[RenderableType] = [
+        literal(_finding(summary), "bold"),
+        _facts(summary, names),
+        _peaks({name: metrics[name] for name in names}),
+    ]
     for panel in list(result.view.get("panels") or []):  # type: ignore[call-overload]
         parts.append(_list(panel) if panel["kind"] == "list" else _map(panel))
     parts += [literal(str(summary[name]), "dim") for name in _SENTENCES if summary.get(name)]
@@ -35,8 +40,21 @@ def render_patch(result: Result) -> RenderableType:
     for name, reason in list(result.view.get("refused") or [])[:8]:  # type: ignore[call-overload]
         parts.append(literal(f"refused {name}: {reason}", "yellow"))
     if result.artifact:
-        parts.append(facts([("artifact", str(result.artifact))]))
+        parts.append(facts([("artifact", near(result.artifact))]))
     return Group(*parts)
+
+
+def _finding(summary: Mapping) -> str:
+    """The first metric's strongest cell as a sentence; an estimate says so, and one that may be chance too."""
+    metric = summary["metric"]
+    peaks: Mapping[str, Mapping] = summary["metrics"][metric]["peaks"]
+    if not peaks:
+        return f"{metric}: nothing was measured"
+    direction, peak = next(iter(peaks.items()))
+    p = peak["p_max_t"] if peak["p_max_t"] is not None else peak["q_value"]
+    beyond = "" if p is None or p <= _LEVEL else ", which may be chance"
+    kind = "estimate" if _guessed(peak) else "effect"
+    return f"{metric}, {direction}: the largest {kind} is {peak['effect']:+.3g} at {place_of(peak)}{beyond}"
 
 
 def _facts(summary: Mapping[str, object], names: Sequence[str]) -> RenderableType:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from ..text import literal
 from .table import size, table
@@ -19,14 +21,29 @@ def render_status(rows: Sequence[Mapping]) -> RenderableType:
         return literal("nothing is made yet; `greatctl fetch` is the first stage, `greatctl demo` shows all of them")
     sources = [r for r in rows if r["stage"] == "fetch"]
     fine = [r for r in sources if r["state"] == "up-to-date"]
-    cells = []
+    cells: list[tuple[object, ...]] = []
     if fine:
-        cells.append(("fetch", f"{len(fine)} sources", "up-to-date", size(sum(r["bytes"] for r in fine)), ""))
-    for row in rows:
-        if row not in fine:
-            name = "/".join(Path(row["path"]).parts[-2:])
-            cells.append((row["stage"], name, row["state"], size(row["bytes"]), row["reason"]))
-    return table(["stage", "artifact", "state", "size", "why"], cells, right=(3,))
+        cells.append(("fetch", f"{len(fine)} sources", "up-to-date", size(sum(r["bytes"] for r in fine))))
+    cells += [(row["stage"], _artifact(row), row["state"], size(row["bytes"])) for row in rows if row not in fine]
+    return Group(literal(_headline(rows), "bold"), table(["stage", "artifact", "state", "size"], cells, right=(3,)))
+
+
+def _headline(rows: Sequence[Mapping]) -> str:
+    """The finding: how many are as they should be."""
+    counts = Counter(row["state"] for row in rows)
+    made = len(rows) - counts["missing"]
+    off = [f"{counts[state]} {state}" for state in ("damaged", "stale", "missing") if counts[state]]
+    fine = counts["up-to-date"]
+    return f"{fine} of {made} artifacts up to date" + (", " + ", ".join(off) if off else "")
+
+
+def _artifact(row: Mapping) -> Text:
+    """The name below its stage's folder, and in a line of its own why it is not as it should be."""
+    parts = Path(row["path"]).parts
+    name = literal(
+        "–" if row["state"] == "missing" else "/".join(parts[-2:] if row["stage"] == "harvest" else parts[-1:])
+    )
+    return Text("\n").join([name, literal(row["reason"], "dim")]) if row["reason"] else name
 
 
 def render_checks(checks: Sequence[Mapping[str, str]]) -> RenderableType:

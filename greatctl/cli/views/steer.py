@@ -1,11 +1,11 @@
-"""What steering looks like in a terminal: a small table of what each way did, and the texts below one another."""
+"""What steering looks like in a terminal: a small table of what each way did, and each way's text beside its name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
+from rich.text import Text
 
 from ...stages.context import Result
 from ..text import literal
@@ -41,18 +41,24 @@ def render_steer(result: Result) -> RenderableType:
     ]
     for row in summary["prompts"]:  # type: ignore[attr-defined]
         parts += ["", literal(row["prompt"], "bold"), _numbers(row["texts"])]
-        for text in row["texts"]:
-            parts.append(literal(_NAMES[text["kind"]], "dim"))
-            parts.append(Padding(literal(text["text"] or "(nothing: the text ends here)"), (0, 0, 0, 2)))
+        parts.append(facts((_NAMES[text["kind"]], _text(text)) for text in row["texts"]))
     parts += [literal(f"missing: {_NAMES[str(name)]}", "yellow") for name in summary["missing"]]  # type: ignore[attr-defined]
     return Group(*parts)
+
+
+def _text(text: Mapping) -> Text:
+    """What was written, or why nothing was."""
+    if text["text"]:
+        return literal(text["text"])
+    why = "the text ends here" if text["kl"] is not None else "pushed this far, the model gives no numbers"
+    return literal(f"(nothing: {why})", "dim")
 
 
 def _numbers(texts: Sequence[Mapping]) -> RenderableType:
     rows = [
         (
             _NAMES[t["kind"]],
-            "–" if t["norms"] is None else f"{t['norms']:+.2f}",
+            "–" if t["norms"] is None else f"{t['norms']:+,.{2 if abs(t['norms']) < 1000 else 0}f}",
             number(t["kl"]),
             number(t["perplexity"]),
         )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from ..text import literal
 
-__all__ = ["STATE_STYLE", "facts", "number", "size", "table"]
+__all__ = ["STATE_STYLE", "Flow", "facts", "near", "number", "size", "table"]
 
 STATE_STYLE = {
     "fetched": "green",
@@ -52,6 +57,38 @@ def size(count: int | None) -> str:
     return ""
 
 
+def near(path: object) -> str:
+    """A path as seen from the current folder, where it lies below: shorter, and it can be copied all the same."""
+    found, here = Path(str(path)), Path.cwd()
+    return str(found.relative_to(here)) if found.is_absolute() and found.is_relative_to(here) else str(path)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Items in lines as long as the room allows; no item is broken, whatever spaces it holds."""
+
+    items: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines, width = [""], options.max_width
+        for index, item in enumerate(self.items):
+            words = item + ("," if index + 1 < len(self.items) else "")
+            if lines[-1] and cell_len(lines[-1]) + 1 + cell_len(words) > width:
+                lines.append(words)
+            else:
+                lines[-1] += f" {words}" if lines[-1] else words
+        yield literal_lines(lines)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        each = [cell_len(item) + 1 for item in self.items] or [0]
+        return Measurement(max(each), sum(each) + len(each)).with_maximum(options.max_width)
+
+
+def literal_lines(lines: Iterable[str]) -> Text:
+    """Lines that stay lines."""
+    return Text("\n").join(literal(line) for line in lines)
+
+
 def table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[int] = (), title: str = ""
 ) -> Table:
@@ -65,12 +102,12 @@ def table(
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> Table:
-    """Two columns without lines: a name and a value."""
+    """Two columns without lines: a name and a value (anything that `number` knows, a `Flow`, or a `Text`)."""
     view = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     view.add_column(style="dim", no_wrap=True)
     view.add_column(overflow="fold")
     for name, value in rows:
-        view.add_row(literal(name), _cell(number(value)))
+        view.add_row(literal(name), value if isinstance(value, Flow) else _cell(value))
     return view
 
 

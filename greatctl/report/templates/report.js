@@ -139,21 +139,26 @@
 
   function search(index, form, table) {
     var SIZE = 50, pager = one(".pages"), columns = index.columns, order = [], start = 0, sorted = null, up = true;
-    var heads = [["latent", "latent"], ["name", "tokens, or its label"], ["effect", "effect, sd"], ["auroc", "AUROC"],
+    var heads = [["latent", "latent"], ["name", "its label, or tokens"], ["effect", "effect, sd"], ["auroc", "AUROC"],
       ["heldout_auroc", "held out"], ["q_value", "q"], ["verdict", "verdict"], ["density", "fires on"], ["max", "largest"],
       ["token_share", "by token"], ["up", "makes likelier"]];
+    var text = /^(name|verdict|up|latent)$/;
+    var tasks = ["detection", "fuzzing"].filter(function (task) { return columns[task]; });
+    tasks.forEach(function (task, at) { heads.splice(2 + at, 0, [task, task]); });
     var names = columns.latent.map(function (_, n) {
       return columns.label[n] || columns.tokens[n].map(function (t) { return t.trim() || JSON.stringify(t); }).join(" · ");
     });
     function get(n, key) {
       if (key === "name") { return names[n]; }
       if (key === "up") { return columns.up[n].join(" "); }
+      if (tasks.indexOf(key) >= 0) { return columns[key][n] && columns[key][n][0]; }
       if (columns[key]) { return columns[key][n]; }
       var judged = index.judged[form.elements.concept.value];
       return judged && judged[key] ? judged[key][n] : null;
     }
     var hay = columns.latent.map(function (latent, n) {
-      return [latent, columns.label[n]].concat(columns.tokens[n], columns.up[n], columns.down[n]).join(" ").toLowerCase();
+      var label = index.labels[latent], words = label ? [label.name, label.description] : [];
+      return [latent].concat(words, columns.tokens[n], columns.up[n], columns.down[n]).join(" ").toLowerCase();
     });
     function verdicts() {
       var select = form.elements.verdict, judged = index.judged[form.elements.concept.value], seen = {};
@@ -192,8 +197,8 @@
             press.addEventListener("click", function () { toggle(row, n, press); });
             cell.appendChild(press);
           } else {
-            cell.textContent = short(value);
-            if (typeof value === "number") { cell.className = "num"; }
+            cell.textContent = short(value) + beside(n, head[0]);
+            cell.className = head[0] === "verdict" ? "whole" : text.test(head[0]) ? "" : "num";
           }
         });
       });
@@ -204,6 +209,10 @@
         var to = start + SIZE * Number(press.dataset.step);
         press.disabled = to < 0 || to >= order.length;
       });
+    }
+    function beside(n, key) {
+      var other = tasks.indexOf(key) >= 0 && columns[key][n] ? columns[key][n][1] : null;
+      return other === null ? "" : " (" + short(other) + ")";
     }
     function toggle(row, n, press) {
       var open = press.getAttribute("aria-expanded") === "true", body = row.parentNode;
@@ -220,6 +229,7 @@
         link.href = "#latent-" + columns.latent[n];
         box.appendChild(link);
       }
+      said(box, index.labels[columns.latent[n]]);
       tokens(box, "Makes likelier", columns.up[n]);
       tokens(box, "Makes less likely", columns.down[n]);
       if (!found) {
@@ -241,6 +251,16 @@
       box.appendChild(bars);
       return box;
     }
+    function said(box, label) {
+      if (!label) { return; }
+      if (label.name) {
+        var line = make("p"), name = make("bdi", "\u201c" + label.name + "\u201d");
+        line.append(make("b", "Label, no part of any verdict: "), name, " ", make("bdi", label.description), " ");
+        line.appendChild(make("span", "by " + label.by, "quiet"));
+        box.appendChild(line);
+      }
+      if (label.doubt) { box.appendChild(make("p", label.doubt, "doubt")); }
+    }
     function tokens(box, name, list) {
       if (!list.length) { return; }
       var line = make("p", null, "tokens");
@@ -261,11 +281,11 @@
       return block;
     }
     heads.forEach(function (head) {
-      var th = make("th", null, /^(name|verdict|up|latent)$/.test(head[0]) ? "" : "num"), press = make("button", head[1]);
+      var th = make("th", null, text.test(head[0]) ? "" : "num"), press = make("button", head[1]);
       press.type = "button";
       th.scope = "col";
       press.addEventListener("click", function () {
-        up = sorted === head[0] ? !up : head[0] === "latent" || head[0] === "name" || head[0] === "q_value";
+        up = sorted === head[0] ? !up : head[0] === "latent" || head[0] === "name" || head[0] === "verdict" || head[0] === "q_value";
         sorted = head[0];
         mark(th, up);
         refresh();
