@@ -61,7 +61,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "demo.json").exists():
             folder.mkdir(exist_ok=True)
-            outcome = run_greatctl("demo", "greatctl-demo", "--json", cwd=folder, env={"OMP_NUM_THREADS": "2"})
+            outcome = run_greatctl("demo", "greatctl-demo", "--json", cwd=folder, timeout=600)
             assert outcome.code == 0, outcome.err
             (folder / "demo.json").write_text(outcome.out)
     mine = tmp_path_factory.mktemp("mine") / "demo"

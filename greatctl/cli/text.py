@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 __all__ = ["literal", "paragraphs", "visible"]
 
-_BIDI = {"\u200e", "\u200f", "\u061c", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+_UNSEEN = {  # bidirectional controls, and characters without a width that would hide in a word
+    *"\u200b\u200c\u200d\u200e\u200f\u061c\u2060\ufeff",
+    *map(chr, range(0x202A, 0x202F)),
+    *map(chr, range(0x2066, 0x206A)),
+}
 
 
 def visible(text: str) -> str:
-    """`text` with control and bidirectional characters written out, newlines as a return sign."""
+    """`text` with control, bidirectional and invisible characters written out, newlines as a return sign."""
     out = []
     for char in text:
         if char == "\n":
             out.append("\u21b5")
-        elif char in _BIDI or unicodedata.category(char) in ("Cc", "Cs", "Co"):
+        elif char in _UNSEEN or unicodedata.category(char) in ("Cc", "Cs", "Co"):
             code = ord(char)
             out.append(f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
         else:

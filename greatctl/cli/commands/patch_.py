@@ -13,7 +13,7 @@ from ..options import stage_command
 EXAMPLES = (
     "greatctl patch --model bundled --metric logit-diff --metric kl --pairs composure",
     "greatctl patch --site edges --method attribution --verify 20",
-    "greatctl patch --site latents --sae batchtopk-2048-k32 --top 20",
+    "greatctl patch --site latents --top 20",
     'greatctl patch --clean "The captain was calm and" --corrupted "The captain was afraid and" '
     '--answer " strong" --wrong-answer " weak"',
 )
