@@ -11,6 +11,7 @@ from tiny_llama import context
 
 from greatctl import manifest
 from greatctl.extend.manager import load_plugins
+from greatctl.report.page import coded
 from greatctl.stages import report
 from greatctl.stages.context import Context, Project
 from greatctl.store.artifact import Artifact, Identity, work
@@ -45,6 +46,7 @@ def test_new_labels_make_the_report_anew_and_those_of_other_tables_are_not_in_it
     first = report.run(ctx, config)
     page = Path(str(first.summary["path"]))
     assert "No labels were written for this run" in page.read_text()
+    assert "<code>greatctl interpret --labeler URL --labeler-model NAME</code> asks" in page.read_text()
     _labels(ctx, "f" * 64, "of other tables")
     assert report.run(ctx, config).up_to_date
     _labels(ctx, features.fingerprint, "<i>kings</i>")
@@ -54,3 +56,9 @@ def test_new_labels_make_the_report_anew_and_those_of_other_tables_are_not_in_it
         assert "kings" in text and "of other tables" not in text and ("<i>kings" in text) == (name == "report.json")
     _labels(ctx, features.fingerprint, "queens")
     assert not report.run(ctx, config).up_to_date and "queens" in page.read_text() and "kings" not in page.read_text()
+
+
+def test_code_in_a_paragraph_is_escaped_like_all_else() -> None:
+    assert coded("a `b <i>` c <b>") == "a <code>b &lt;i&gt;</code> c &lt;b&gt;"
+    assert coded("one ` alone <b>") == "one ` alone &lt;b&gt;"
+    assert "\x1b" not in coded("`\x1b[31m`")

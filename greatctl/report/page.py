@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from .values import clean, seen
@@ -42,7 +42,7 @@ def render(view: View) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = _JSON
-    environment.filters.update(cell=cell, objid=id, shown=shown, points=points, runs=runs)
+    environment.filters.update(cell=cell, objid=id, shown=shown, points=points, runs=runs, coded=coded)
     style, script, plotly = _asset("report.css"), _asset("report.js"), _plotly()
     charts = [c for s in view.sections for c in s.blocks if isinstance(c, Chart)]
     figures = seen(clean([{"data": list(c.data), "layout": dict(c.layout)} for c in charts]))
@@ -80,6 +80,15 @@ def cell(value: Cell, digits: int = 3, *, name: bool = False) -> str:
 def shown(token: str) -> str:
     """A token as one can read it in a line: a line break as a return sign."""
     return token.replace("\n", "\u21b5")
+
+
+def coded(text: str) -> Markup:
+    """A paragraph in which what stands between two backticks is code; all of it escaped."""
+    parts = str(seen(text)).split("`")
+    if len(parts) % 2 == 0:  # a backtick of somebody's text
+        return escape("`".join(parts))
+    code = Markup("<code>{}</code>")
+    return Markup("").join(code.format(part) if at % 2 else escape(part) for at, part in enumerate(parts))
 
 
 def points(heights: Sequence[float | None], width: int, height: int) -> list[str]:
