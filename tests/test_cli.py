@@ -116,13 +116,16 @@ def test_unknown_metric_character_and_architecture_are_named_with_the_nearest(gr
         assert near in json.dumps(out.error)
 
 
-def test_cuda_where_there_is_none_is_exit_9(greatctl: Greatctl, demo: Path) -> None:
+@pytest.mark.parametrize("stage", ["harvest", "train", "interpret"])
+def test_cuda_where_there_is_none_is_exit_9_and_costs_nothing(greatctl: Greatctl, demo: Path, stage: str) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    out = greatctl("-C", demo, "harvest", "--device", "cuda", "--force", "--json", cwd=demo)
+    before = sorted(demo.rglob("artifact.json"))
+    out = greatctl("-C", demo, stage, "--device", "cuda", "--force", "--json", cwd=demo)
     assert out.code in (2, 9) and "cpu" in json.dumps(out.error)
+    assert sorted(demo.rglob("artifact.json")) == before and not list(demo.rglob(".*.partial"))
 
 
 def test_status_piped_into_head_is_quiet(demo: Path) -> None:

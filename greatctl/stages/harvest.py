@@ -28,7 +28,7 @@ from ..store.artifact import Artifact, Identity, Work, current, newest, touch, w
 from ..store.files import free_bytes
 from .behind import Behind
 from .context import Context, Plan, Result, StageConfig
-from .models import chosen_model, open_model, slug
+from .models import chosen_model, open_model, pick_device, slug
 from .sealing import seal
 from .workers import Share, adopt, worker_folder
 
@@ -124,6 +124,7 @@ def run(ctx: Context, config: Config) -> Result:
         ctx.run.notice("harvest: up to date")
         return _result(job, ready, up_to_date=True)
     ctx.run.notice(f"harvest: {reasons[0]}")
+    pick_device(ctx.device)  # a device that is not there must not cost the shards that --force would replace
     if job.share:
         return _work_along(ctx, config, job, job.share, [site for site in job.sites if site not in ready])
     with ExitStack() as stack:

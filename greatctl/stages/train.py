@@ -156,9 +156,10 @@ def _train(ctx: Context, config: Config, job: Job, final: Path, identity: Identi
         if config.tensorboard:  # first: a missing package leaves no work folder behind
             logs = ctx.project.results / "logs" / "tensorboard" / job.name
             ctx = dataclasses.replace(ctx, run=stack.enter_context(tensorboard(ctx.run, logs)))
+        make = Maker(ctx, config, job)  # before the folder: what it refuses must not cost the SAE that --force replaces
         w = stack.enter_context(work(final, identity, origins=lasting(ctx.origins), fresh=ctx.force))
         write_json(w.path / CHECKPOINTS / "identity.json", identity.record())
-        summary = Maker(ctx, config, job)(w.path, request_of(config, job))
+        summary = make(w.path, request_of(config, job))
         seconds = round(time.monotonic() - started, 3)
         return w.seal({"name": job.name, **summary}, discard=(CHECKPOINTS,), seconds=seconds)
 
