@@ -31,6 +31,7 @@ from ..store.tables import write_table
 from .context import Context, Project
 from .made import made_already
 from .models import open_model, pick_device, resolve
+from .train_jobs import training_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +102,7 @@ def train_controls(ctx: Context, config: Config, job: Trained) -> dict[str, obje
     final, identity = _folder(ctx.project, job.sae), _identity(config, job)
     if artifact := made_already(ctx, "controls", final, identity):
         return artifact.summary
+    training_device(ctx)
     started, spoilt = time.monotonic(), _damaged(final)
     with work(final, identity, origins=ctx.origins, fresh=ctx.force) as w:
         for name in CONTROLS:

@@ -156,7 +156,7 @@ def _train(ctx: Context, config: Config, job: Job, final: Path, identity: Identi
         if config.tensorboard:  # first: a missing package leaves no work folder behind
             logs = ctx.project.results / "logs" / "tensorboard" / job.name
             ctx = dataclasses.replace(ctx, run=stack.enter_context(tensorboard(ctx.run, logs)))
-        make = Maker(ctx, config, job)  # before the folder: what it refuses must not cost the SAE that --force replaces
+        make = Maker(ctx, config, job)  # before the folder, as it may refuse the device
         w = stack.enter_context(work(final, identity, origins=lasting(ctx.origins), fresh=ctx.force))
         write_json(w.path / CHECKPOINTS / "identity.json", identity.record())
         summary = make(w.path, request_of(config, job))

@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from ..store.shards import ShardReader
     from .train import Config
 
-__all__ = ["STAGE", "Job", "Maker", "finished", "lasting", "prepare", "refuse_another", "request_of"]
+__all__ = [
+    "STAGE",
+    "Job",
+    "Maker",
+    "finished",
+    "lasting",
+    "prepare",
+    "refuse_another",
+    "request_of",
+    "training_device",
+]
 
 STAGE = "train"
 _LENGTHS = ("steps", "tokens", "epochs")
@@ -230,6 +240,24 @@ def lasting(origins: Mapping[str, str]) -> Mapping[str, str]:
     return found
 
 
+def training_device(ctx: Context) -> str:
+    """The device to train on; asked before a folder is opened, so that a refusal does not cost what --force replaces.
+
+    Raises:
+        ResourceError: it is not there, or has no float64.
+    """
+    from .models import pick_device
+
+    device = pick_device(ctx.device)
+    if device == "mps":
+        raise ResourceError(
+            "an autoencoder cannot be trained on mps",
+            why="its sums and its steering are float64, which MPS does not have",
+            fix="use --device cpu",
+        )
+    return device
+
+
 class Maker:
     """Trains and measures an SAE in a folder: the one that was asked for, and its companions (`stages.controls`).
 
@@ -239,16 +267,9 @@ class Maker:
 
     def __init__(self, ctx: Context, config: Config, job: Job) -> None:
         from ..corpus.windows import TokenStore
-        from .models import pick_device
 
         self.ctx, self.config, self.job = ctx, config, job
-        self.device = pick_device(ctx.device)
-        if self.device == "mps":
-            raise ResourceError(
-                "an autoencoder cannot be trained on mps",
-                why="its sums and its steering are float64, which MPS does not have",
-                fix="use --device cpu",
-            )
+        self.device = training_device(ctx)
         self.store = TokenStore(job.inputs.tokens.path)
         self.aside = held_out(ctx, self.store)
 

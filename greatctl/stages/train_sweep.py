@@ -31,7 +31,7 @@ from ..events import Event, Run
 from ..store.artifact import Work, current, touch, work
 from ..store.files import write_json
 from .context import Context, Plan, Result
-from .train_jobs import STAGE, Maker, lasting, refuse_another, request_of
+from .train_jobs import STAGE, Maker, lasting, refuse_another, request_of, training_device
 from .train_members import Member, members_of
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def run_sweep(ctx: Context, config: Config) -> Result:
             refuse_another(member.ctx, member.final, member.identity, resume=config.resume)
     if todo:
         ctx.run.notice(f"train: {len(todo)} of {len(members)} SAEs to train")
+        training_device(ctx)
         waited = _train(ctx, config, todo)
     else:
         ctx.run.notice("train: up to date")
