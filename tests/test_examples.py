@@ -38,7 +38,7 @@ LONG = [
     "greatctl train --sweep arch=topk,batchtopk --sweep k=16,32,64",
     "greatctl patch --model bundled --metric logit-diff --metric kl --pairs composure",
     "greatctl patch --site edges --method attribution --verify 20",
-    'greatctl patch --clean "The captain was calm and" --corrupted "The captain was afraid and" --answer " strong" '
+    'greatctl patch --clean "The captain was calm and" --corrupted "The captain was angry and" --answer " strong" '
     '--wrong-answer " weak"',
     "greatctl run",
 ]

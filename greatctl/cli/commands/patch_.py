@@ -14,7 +14,7 @@ EXAMPLES = (
     "greatctl patch --model bundled --metric logit-diff --metric kl --pairs composure",
     "greatctl patch --site edges --method attribution --verify 20",
     "greatctl patch --site latents --top 20",
-    'greatctl patch --clean "The captain was calm and" --corrupted "The captain was afraid and" '
+    'greatctl patch --clean "The captain was calm and" --corrupted "The captain was angry and" '
     '--answer " strong" --wrong-answer " weak"',
 )
 
