@@ -284,6 +284,8 @@ def spoken(say: Callable[[str], object], every: float = _EVERY) -> Emit:
         done, total = (float(event.data[name]) for name in ("done", "total"))  # type: ignore[arg-type]
         now = time.monotonic()
         start, first = began.setdefault(event.message, (now, done))
+        if total and done >= total:
+            del began[event.message]  # what comes under the same name is another task
         if now - said < every:
             return
         said = now

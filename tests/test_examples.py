@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from greatctl.cli.app import app
 from greatctl.cli.commands import NAMES, register
@@ -53,21 +53,22 @@ def project(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
     monkeypatch.chdir(folder)
-    done = CliRunner().invoke(app, ["--offline", *shlex.split(example)[1:]], prog_name="greatctl")
-    assert done.exit_code == 0, done.output
+    return CliRunner().invoke(app, ["--offline", *shlex.split(example)[1:]], prog_name="greatctl")
 
 
 @pytest.mark.parametrize("example", HERE)
 def test_an_example_runs_as_it_stands(example: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(example, project, monkeypatch)
+    done = run(example, project, monkeypatch)
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.slow
 def test_the_long_examples_run_one_after_the_other(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for example in LONG:
-        run(example, project, monkeypatch)
+        done = run(example, project, monkeypatch)
+        assert done.exit_code == 0, done.output
 
 
 def test_these_examples_are_those_of_the_pages() -> None:

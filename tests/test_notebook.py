@@ -115,6 +115,11 @@ def test_progress_in_a_notebook_is_a_line_now_and_then_with_the_time_left(monkey
         "train: steps: 400 of 1,000 steps, 15 s left",
         "train: steps: 800 of 1,000 steps, 5 s left",
     ]
+    now[0] += 1_000
+    run.progress("steps", 0, 100, "steps")
+    now[0] += 20
+    run.progress("steps", 20, 100, "steps")
+    assert said[-1] == "train: steps: 20 of 100 steps, 80 s left"  # another task under the same name
 
 
 def test_an_interrupt_stops_at_a_safe_point_and_observers_hear_of_the_run(
